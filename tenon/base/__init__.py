@@ -1,0 +1,1 @@
+"""The ground every other package stands on: errors, clock, randomness, files, records, results."""

@@ -1,0 +1,1 @@
+"""The command line: one thin file per job, found in the table of :mod:`tenon.cli.main`."""

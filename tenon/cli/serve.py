@@ -1,0 +1,154 @@
+"""``tenon serve [MODEL]``: an OpenAI-compatible server with a page, for one model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from tenon.engine.config import EngineConfig
+from tenon.engine.messages import Ready
+from tenon.server.run import ServeConfig, serve
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    engine, server = EngineConfig(), ServeConfig(EngineConfig())
+    parser.add_argument(
+        "model", nargs="?", default=engine.model, help="a folder, a hub name, or 'embedded' (default: %(default)s)"
+    )
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default=server.host, help="address to listen on (default: %(default)s)")
+    http.add_argument("--port", type=int, default=server.port, help="port; 0 takes a free one (default: %(default)s)")
+    http.add_argument(
+        "--allow-remote", action="store_true", help="allow a host beyond loopback: whoever reaches the port is served"
+    )
+    http.add_argument("--served-name", help="what clients call the model (default: its folder or hub name)")
+    http.add_argument(
+        "--drain-s", type=float, default=server.drain_s,
+        help="seconds that requests in flight get to finish at the end (default: %(default)s)",
+    )  # fmt: skip
+    http.add_argument("--record", type=Path, metavar="DIR", help="also write events to DIR/<run>/events.jsonl")
+    group = parser.add_argument_group("engine")
+    group.add_argument("--dtype", default=engine.dtype, choices=("auto", "float32", "bfloat16", "float16"))
+    group.add_argument("--device", default=engine.device, help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument("--numerics", default=engine.numerics, choices=("fast", "invariant"))
+    group.add_argument("--executor", default=engine.executor, choices=("torch", "hash"), help=argparse.SUPPRESS)
+    group.add_argument("--max-model-len", type=int, help="longest context in tokens (default: what the model has)")
+    group.add_argument("--kv-bytes", type=int, help="memory for keys and values (default: from what is free)")
+    group.add_argument("--block-tokens", type=int, default=engine.block_tokens)
+    group.add_argument("--max-sequences", type=int, default=engine.max_sequences, help="computed at once")
+    group.add_argument("--max-step-tokens", type=int, default=engine.max_step_tokens, help="rows of one step")
+    group.add_argument("--max-waiting", type=int, default=engine.max_waiting, help="more are refused with 429")
+    group.add_argument("--no-prefix-cache", action="store_true", help="do not reuse the KV of equal prompt beginnings")
+    group.add_argument("--threads", type=int, help="CPU threads of the engine (default: the machine's cores)")
+
+
+def config_from(args: argparse.Namespace) -> ServeConfig:
+    """The arguments as one config. Raises ``ConfigError`` naming what is wrong."""
+    return ServeConfig(
+        engine=EngineConfig(
+            model=args.model,
+            executor=args.executor,
+            dtype=args.dtype,
+            device=args.device,
+            numerics=args.numerics,
+            block_tokens=args.block_tokens,
+            kv_bytes=args.kv_bytes,
+            max_model_len=args.max_model_len,
+            max_step_tokens=args.max_step_tokens,
+            max_sequences=args.max_sequences,
+            max_waiting=args.max_waiting,
+            prefix_cache=not args.no_prefix_cache,
+            threads=args.threads,
+        ),
+        host=args.host,
+        port=args.port,
+        allow_remote=args.allow_remote,
+        served_name=args.served_name,
+        drain_s=args.drain_s,
+        record_folder=args.record,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    config = config_from(args)
+    screen = Screen(Console(stderr=True), warn_remote=config.allow_remote)
+    return serve(config, screen)
+
+
+class Screen:
+    """Start-up with a bar per phase on a terminal, a line per phase elsewhere; then how to use the server."""
+
+    def __init__(self, console: Console, *, warn_remote: bool) -> None:
+        self._console = console
+        self._warn_remote = warn_remote
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def phase(self, name: str, fraction: float, detail: str) -> None:
+        known = name in self._tasks
+        if not self._console.is_terminal:
+            if not known:
+                self._tasks[name] = TaskID(0)
+                self._console.print(f"{name}: {detail}" if detail else name, markup=False, highlight=False)
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                SpinnerColumn(finished_text="[green]✓[/]"), TextColumn("{task.description:<10}"), BarColumn(28),
+                TimeElapsedColumn(), TextColumn("[dim]{task.fields[detail]}[/]"), console=self._console,
+            )  # fmt: skip
+            self._progress.start()
+        if not known:
+            for earlier in self._tasks.values():
+                self._progress.update(earlier, completed=1.0)
+            self._tasks[name] = self._progress.add_task(name, total=1.0, detail="")
+        self._progress.update(self._tasks[name], completed=fraction, detail=escape(detail))
+
+    def ready(self, url: str, model: str, ready: Ready) -> None:
+        self._end_progress(complete=True)
+        out, name = self._console, escape(model)
+        facts = [ready.description.get(key, "") for key in ("device", "dtype", "executor")]
+        facts += [f"context {ready.max_model_len:,}", f"KV {ready.kv_bytes / 2**20:,.0f} MiB"]
+        out.print(f"\n[bold]{name}[/] is ready  [dim]{' · '.join(fact for fact in facts if fact)}[/]", highlight=False)
+        out.print(f"  page      [bold]{url}/[/]", highlight=False)
+        out.print(f"  endpoint  [bold]{url}/v1[/]\n", highlight=False)
+        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+        curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'"
+        snippet = (
+            f'from openai import OpenAI\nclient = OpenAI(base_url="{url}/v1", api_key="none")\n'
+            f'stream = client.chat.completions.create(model="{model}", stream=True,\n'
+            '    messages=[{"role": "user", "content": "Hello"}])\n'
+            'for chunk in stream:\n    print(chunk.choices[0].delta.content or "", end="", flush=True)'
+        )
+        for text in (curl, snippet):
+            indented = "\n".join("  " + line for line in text.splitlines())
+            out.print(indented, markup=False, highlight=False, soft_wrap=True)
+            out.print()
+        if self._warn_remote:
+            out.print(
+                "[bold red]Anyone who reaches this port can use the model: there are no keys.[/] "
+                "Put it behind a firewall or a proxy that asks for one.\n",
+                highlight=False,
+            )
+
+    def draining(self, n_running: int, drain_s: float) -> None:
+        self._end_progress(complete=False)
+        waiting = f"up to {drain_s:g} s for {n_running} requests" if n_running else "nothing in flight"
+        self._console.print(f"stopping: {waiting}; once more to stop now", highlight=False)
+
+    def failed(self, message: str, trace: str) -> None:
+        self._end_progress(complete=False)
+        if trace:
+            self._console.print(trace.rstrip(), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(f"tenon: {message}", markup=False, highlight=False, soft_wrap=True)
+
+    def _end_progress(self, *, complete: bool) -> None:
+        if self._progress is not None:
+            if complete:
+                for task in self._tasks.values():
+                    self._progress.update(task, completed=1.0)
+            self._progress.stop()
+            self._progress = None

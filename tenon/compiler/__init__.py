@@ -1,0 +1,1 @@
+"""Graphs to executables. So far: the C toolchain and the hand-written kernels of the reference executor."""

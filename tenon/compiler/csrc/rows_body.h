@@ -1,0 +1,90 @@
+// Row-wise maths, included once per storage type with SCALAR, TO_F, FROM_F, NAME(x) defined.
+// A row's bits depend on the row alone: sums run in one fixed order.
+
+static inline float NAME(mean_square)(const float *x, int64_t n) {
+    v16 sum = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const v16 v = load_f(x + i);
+        sum += v * v;
+    }
+    float rest = 0;
+    for (; i < n; i++) rest += x[i] * x[i];
+    return (sum16(sum) + rest) / (float)n;
+}
+
+// out = weight * x / rms(x), rows of n.
+static inline void NAME(norm_row)(const float *x, const SCALAR *weight, float eps, int64_t n, SCALAR *out) {
+    const float r = 1.0f / sqrtf(NAME(mean_square)(x, n) + eps);
+    for (int64_t i = 0; i < n; i++) out[i] = FROM_F(x[i] * r * TO_F(weight[i]));
+}
+
+void NAME(tenon_norm)(const SCALAR *x, const SCALAR *weight, float eps, int64_t rows, int64_t n, SCALAR *out) {
+#pragma omp parallel for schedule(static) if (rows * n > PARALLEL)
+    for (int64_t r = 0; r < rows; r++) {
+        float buffer[n];
+        for (int64_t i = 0; i < n; i++) buffer[i] = TO_F(x[r * n + i]);
+        NAME(norm_row)(buffer, weight, eps, n, out + r * n);
+    }
+}
+
+// h += delta in place, out = norm(h).
+void NAME(tenon_add_norm)(
+    SCALAR *h, const SCALAR *delta, const SCALAR *weight, float eps, int64_t rows, int64_t n, SCALAR *out) {
+#pragma omp parallel for schedule(static) if (rows * n > PARALLEL)
+    for (int64_t r = 0; r < rows; r++) {
+        float buffer[n];
+        SCALAR *hr = h + r * n;
+        const SCALAR *dr = delta + r * n;
+        for (int64_t i = 0; i < n; i++) {
+            hr[i] = FROM_F(TO_F(hr[i]) + TO_F(dr[i]));
+            buffer[i] = TO_F(hr[i]);
+        }
+        NAME(norm_row)(buffer, weight, eps, n, out + r * n);
+    }
+}
+
+// The fused projection [T, (H + 2G) D] into q, k, v; q and k normed where weights are given, and rotated.
+void NAME(tenon_heads)(
+    const SCALAR *qkv, const SCALAR *q_norm, const SCALAR *k_norm, float eps, const float *cosine, const float *sine,
+    int64_t rows, int64_t H, int64_t G, int64_t D, SCALAR *q, SCALAR *k, SCALAR *v) {
+    const int64_t N = (H + 2 * G) * D, half = D / 2;
+#pragma omp parallel for schedule(static) if (rows * N > PARALLEL)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *c = cosine + r * half, *s = sine + r * half;
+        float x[D];
+        for (int64_t h = 0; h < H + G; h++) {
+            const SCALAR *src = qkv + r * N + h * D;
+            SCALAR *dst = h < H ? q + (r * H + h) * D : k + (r * G + h - H) * D;
+            const SCALAR *weight = h < H ? q_norm : k_norm;
+            for (int64_t d = 0; d < D; d++) x[d] = TO_F(src[d]);
+            if (weight) {
+                const float f = 1.0f / sqrtf(NAME(mean_square)(x, D) + eps);
+                for (int64_t d = 0; d < D; d++) x[d] = x[d] * f * TO_F(weight[d]);
+            }
+            for (int64_t d = 0; d < half; d++) {
+                dst[d] = FROM_F(x[d] * c[d] - x[d + half] * s[d]);
+                dst[d + half] = FROM_F(x[d + half] * c[d] + x[d] * s[d]);
+            }
+        }
+        memcpy(v + r * G * D, qkv + r * N + (H + G) * D, G * D * sizeof(SCALAR));
+    }
+}
+
+// out = silu(gate) * up over rows of [gate | up], F each.
+void NAME(tenon_swiglu)(const SCALAR *x, int64_t rows, int64_t F, SCALAR *out) {
+#pragma omp parallel for schedule(static) if (rows * F > PARALLEL)
+    for (int64_t r = 0; r < rows; r++) {
+        const SCALAR *gate = x + 2 * r * F, *up = gate + F;
+        SCALAR *dst = out + r * F;
+        int64_t i = 0;
+        for (; i + 16 <= F; i += 16) {
+            const v16 g = LOAD(gate + i);
+            STORE(dst + i, g / (exp16(clamp88(-g)) + 1.0f) * LOAD(up + i));
+        }
+        for (; i < F; i++) {
+            const float g = TO_F(gate[i]);
+            dst[i] = FROM_F(g / (expf(-g) + 1.0f) * TO_F(up[i]));
+        }
+    }
+}

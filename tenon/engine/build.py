@@ -1,0 +1,144 @@
+"""From an ``EngineConfig`` to a running ``Engine``: resolve the model, plan memory, load, warm up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tenon.base.clock import SYSTEM, Clock
+from tenon.base.errors import ConfigError, ResourceError
+from tenon.base.files import state_folder
+from tenon.engine.config import EngineConfig, state_secret
+from tenon.engine.engine import Engine, Identity
+from tenon.engine.executors.base import Executor
+from tenon.engine.scheduler import Scheduler
+from tenon.models.generation import read_generation
+from tenon.models.hf_config import read_config
+from tenon.models.hub import resolve
+from tenon.models.spec import DTYPE_BYTES, KVGroup, ModelSpec
+
+OnPhase = Callable[[str, float, str], None]
+HEADROOM = 0.6
+"""Of the memory that is free after loading, the part that keys and values may take."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How much KV there is: blocks per group (the null block among them), tokens, bytes."""
+
+    n_blocks: int
+    tokens: int
+    kv_bytes: int
+    max_model_len: int
+
+
+def plan_memory(config: EngineConfig, spec: ModelSpec, groups: tuple[KVGroup, ...], free_bytes: int) -> MemoryPlan:
+    """Blocks from ``kv_bytes``, else from what could ever be used, within ``HEADROOM`` of what is free.
+
+    Raises ``ConfigError`` where not even one sequence fits.
+    """
+    size = config.block_tokens
+    per_block = sum(group.block_bytes for group in groups)
+    wanted_len = min(config.max_model_len or spec.max_position, spec.max_position)
+    if config.kv_bytes is not None:
+        usable = config.kv_bytes // per_block
+        asked = f"kv_bytes of {config.kv_bytes}"
+    else:
+        most = config.max_sequences * -(-wanted_len // size) + 1
+        usable = min(most, int(free_bytes * HEADROOM) // per_block)
+        asked = f"{HEADROOM:.0%} of {free_bytes} free bytes"
+    if usable < 2:
+        raise ConfigError(
+            f"{asked} holds {usable} blocks of {per_block} bytes; at least 2 are needed", subject="kv_bytes"
+        )
+    tokens = (usable - 1) * size
+    if config.max_model_len is not None and wanted_len > tokens:
+        raise ConfigError(
+            f"max_model_len of {wanted_len} needs {-(-wanted_len // size) + 1} blocks, but {asked} holds {usable}; "
+            f"lower max_model_len to {tokens} or raise kv_bytes to {(-(-wanted_len // size) + 1) * per_block}",
+            subject="max_model_len",
+        )
+    return MemoryPlan(usable, tokens, usable * per_block, min(wanted_len, tokens))
+
+
+def free_memory() -> int:
+    """Bytes that this machine, or the container's limit, has left. Raises ``ResourceError`` if it cannot tell."""
+    free: list[int] = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) * 1024)
+    except OSError:
+        free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue
+    if not free or min(free) <= 0:
+        raise ResourceError("the free memory of this machine cannot be determined; set kv_bytes")
+    return min(free)
+
+
+def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM) -> Engine:
+    """Everything up to the first request. ``on_phase(name, fraction, detail)`` hears about progress.
+
+    Raises ``ConfigError``, ``CheckpointError`` or ``ResourceError``: one sentence that names what is wrong.
+    """
+    on_phase("config", 0.0, config.model)
+    folder = resolve(config.model)
+    spec = read_config(folder)
+    eos_ids = read_generation(folder, spec).eos_ids
+    on_phase("config", 1.0, f"{spec.family}, {spec.n_parameters() / 1e6:.1f} M parameters")
+    executor: Executor
+    if config.executor == "hash":
+        from tenon.engine.executors.hash import HashExecutor
+
+        executor = HashExecutor(spec.vocab_size)
+        kv_dtype_bytes, free = 2, 1 << 30
+    else:
+        from tenon.engine.executors.torch import TorchExecutor
+
+        torch_executor = TorchExecutor.load(folder, spec, config, on_phase, clock)
+        executor, kv_dtype_bytes = torch_executor, DTYPE_BYTES[torch_executor.caps.dtype]
+        free = torch_executor.free_bytes()
+    name = Path(config.model).name or config.model
+    groups = spec.kv_groups(name, config.block_tokens, kv_dtype_bytes)
+    memory = plan_memory(config, spec, groups, free)
+    on_phase("memory", 0.0, f"{memory.kv_bytes / 2**20:.0f} MiB for {memory.tokens} tokens")
+    executor.allocate(groups, memory.n_blocks)
+    on_phase("memory", 1.0, f"{memory.kv_bytes / 2**20:.0f} MiB for {memory.tokens} tokens")
+    scheduler = Scheduler(
+        config,
+        groups,
+        memory.n_blocks,
+        model=name,
+        vocab_size=spec.vocab_size,
+        eos_ids=eos_ids,
+        max_model_len=memory.max_model_len,
+        secret=state_secret(state_folder()),
+    )
+    caps = executor.caps
+    identity = Identity(
+        name=name,
+        vocab_size=spec.vocab_size,
+        eos_ids=eos_ids,
+        max_model_len=memory.max_model_len,
+        kv_bytes=memory.kv_bytes,
+        n_blocks=memory.n_blocks,
+        description={
+            "family": spec.family,
+            "parameters": str(spec.n_parameters()),
+            "executor": caps.name,
+            "device": caps.device,
+            "dtype": caps.dtype,
+            "numerics": config.numerics,
+            "notes": "; ".join(caps.notes),
+        },
+    )
+    return Engine(config, identity, scheduler, executor, clock)

@@ -1,0 +1,82 @@
+"""``EngineConfig``: the goals of one engine. What is ``None`` is derived from model and machine and then shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tenon.base.errors import ConfigError
+
+BLOCK_TOKENS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Raises ``ConfigError`` naming the field, when made.
+
+    ``model``: a folder, a hub name, or "embedded". ``kv_bytes``: memory for keys and values; derived from free
+    memory and what ``max_sequences`` of ``max_model_len`` could ever fill. ``max_step_tokens``: rows in one
+    step, shared by decodes and prefill chunks. ``max_preemptions``: after so many a sequence comes back only
+    with all blocks it can ever need, and keeps them. ``numerics``: "invariant" makes a row's bits independent of
+    what else is in the step; "fast" does not pay for that.
+    """
+
+    model: str = "embedded"
+    executor: Literal["torch", "hash"] = "torch"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    numerics: Literal["fast", "invariant"] = "fast"
+    block_tokens: int = 16
+    kv_bytes: int | None = None
+    max_model_len: int | None = None
+    max_step_tokens: int = 1024
+    max_sequences: int = 64
+    max_waiting: int = 1024
+    max_preemptions: int = 3
+    prefix_cache: bool = True
+    evict: str = "lru"
+    threads: int | None = None
+    weights_seed: int | None = None
+    """Random weights from this seed instead of the checkpoint's: for benchmarks of shapes."""
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, right: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name} must be {right}, got {getattr(self, name)!r}", subject=name)
+
+        require(self.executor in ("torch", "hash"), "executor", "'torch' or 'hash'")
+        require(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", "auto, float32, bfloat16 or float16")
+        require(self.numerics in ("fast", "invariant"), "numerics", "'fast' or 'invariant'")
+        require(self.block_tokens in BLOCK_TOKENS, "block_tokens", f"one of {BLOCK_TOKENS}")
+        require(self.evict == "lru", "evict", "'lru'")
+        for name in ("max_step_tokens", "max_sequences"):
+            require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("max_waiting", "max_preemptions"):
+            require(getattr(self, name) >= 0, name, "at least 0")
+        for name in ("kv_bytes", "max_model_len", "threads"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, "at least 1, or left out")
+
+    def resolve(self, **derived: Any) -> EngineConfig:
+        """A new config with what was derived filled in; checked again."""
+        return replace(self, **derived)
+
+
+def state_secret(folder: Path) -> bytes:
+    """The key of all block hashes: made once in the state folder with mode 0600, so that hashes cannot be guessed."""
+    import os
+    import secrets
+
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / "block-hash.key"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        key = path.read_bytes()
+        if len(key) != 32:
+            raise ConfigError(f"{path} must hold 32 bytes, holds {len(key)}; delete it to make a new one") from None
+        return key
+    with os.fdopen(fd, "wb") as file:
+        file.write(secrets.token_bytes(32))
+    return path.read_bytes()

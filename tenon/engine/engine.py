@@ -1,0 +1,139 @@
+"""``Engine``: the step loop. It never sleeps, never reads a socket, and every number it decides by is handed in.
+
+Parts, none of which knows the engine: the scheduler (queues, blocks, spans), the executor (a ``Step`` in, a
+``StepResult`` out). One ``tick`` is schedule, execute, commit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tenon.base.clock import SYSTEM, Clock
+from tenon.base.errors import RequestError
+from tenon.engine.config import EngineConfig
+from tenon.engine.executors.base import Executor
+from tenon.engine.messages import Accepted, Add, Delta, KVEvents, Ready, Stats
+from tenon.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a caller needs to know of the model that is served."""
+
+    name: str
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    max_model_len: int
+    kv_bytes: int
+    n_blocks: int
+    description: dict[str, str]
+
+
+class Engine:
+    """One model being served. Not thread-safe: one loop owns it."""
+
+    def __init__(
+        self, config: EngineConfig, identity: Identity, scheduler: Scheduler, executor: Executor, clock: Clock = SYSTEM
+    ) -> None:
+        self.config = config
+        self.identity = identity
+        self.scheduler = scheduler
+        self.executor = executor
+        self._clock = clock
+        self._draining = False
+        self._step_s = 0.0
+        self._bookkeeping_s = 0.0
+
+    def ready(self) -> Ready:
+        """What to announce once requests can be taken."""
+        it = self.identity
+        return Ready(
+            it.name,
+            it.max_model_len,
+            it.vocab_size,
+            it.eos_ids,
+            it.n_blocks,
+            self.config.block_tokens,
+            it.kv_bytes,
+            it.description,
+        )
+
+    def add(self, add: Add) -> Accepted:
+        """Queue a request. Raises ``RequestError`` and its children; then nothing has changed."""
+        if self._draining:
+            raise RequestError("the server is shutting down and takes no new requests", code="draining")
+        return self.scheduler.add(add)
+
+    def abort(self, request_id: str) -> bool:
+        """Free a request in any state at once; False if it is not being served (which is no error)."""
+        return self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def tick(self, now_s: float) -> list[Delta]:
+        """One step. Returns what each sequence gained; an empty list if there was nothing to do."""
+        begin_s = self._clock.now_s()
+        step = self.scheduler.schedule()
+        if step is None:
+            return []
+        result = self.executor.poll(self.executor.submit(step))
+        deltas = self.scheduler.commit(step, result)
+        self._step_s = self._clock.now_s() - begin_s
+        self._bookkeeping_s = self._step_s - (result.end_s - result.start_s)
+        return deltas
+
+    def stats(self, now_s: float) -> Stats:
+        """State and counters as they are now."""
+        s, c = self.scheduler, self.scheduler.counters
+        pools = s.pools
+        return Stats(
+            now_s=now_s,
+            steps=c.steps,
+            running=len(s.running),
+            waiting=len(s.waiting),
+            blocks_total=sum(p.n_blocks - 1 for p in pools),
+            blocks_held=sum(p.n_held for p in pools),
+            blocks_cached=sum(p.n_idle for p in pools),
+            prompt_tokens=c.prompt_tokens,
+            cached_tokens=c.cached_tokens,
+            output_tokens=c.output_tokens,
+            preemptions=c.preemptions,
+            started=c.started,
+            finished=dict(c.finished),
+            step_s=self._step_s,
+            bookkeeping_s=self._bookkeeping_s,
+        )
+
+    def take_kv_events(self) -> KVEvents:
+        """Blocks published and evicted since this was last called."""
+        stored = tuple(d.hex() for p in self.scheduler.pools for d in p.stored)
+        evicted = tuple(d.hex() for p in self.scheduler.pools for d in p.evicted)
+        for pool in self.scheduler.pools:
+            pool.stored.clear()
+            pool.evicted.clear()
+        return KVEvents(stored, evicted)
+
+    def load_weights(self, path: str, version: int) -> None:
+        """New weights between steps. Running requests are aborted by the caller first; the cache is forgotten."""
+        if self.has_work:
+            raise RequestError("weights can be replaced only while no request is being served", code="busy")
+        self.executor.load_weights(path, version)
+        self.scheduler.reset()
+        self.scheduler.weights_version = version
+
+    def drain(self) -> None:
+        """Take nothing new; what is queued and running finishes."""
+        self._draining = True
+
+    def reset(self) -> list[str]:
+        """Abort all requests, forget the prefix cache; returns the ids dropped."""
+        return self.scheduler.reset()
+
+    def check_integrity(self) -> None:
+        """Raises ``IntegrityError`` when blocks, queues or counters do not add up."""
+        self.scheduler.check_integrity()
+
+    def close(self) -> None:
+        self.executor.close()

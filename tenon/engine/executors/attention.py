@@ -1,0 +1,279 @@
+"""Paged attention behind one face: ``begin`` reads a step's arrays once, ``attend`` runs once per layer.
+
+``TorchAttention`` runs anywhere torch does, by gathering. ``NativeAttention`` (CPU) reads each KV byte in place, once
+per span, through the C kernel; long prefill chunks go to torch's flash attention in "fast" numerics.
+
+Shapes: T rows, H query heads, G key/value heads, D head size, B tokens per block, S spans, L context length.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tenon.base.errors import IntegrityError, ResourceError
+from tenon.engine.executors.native import SUFFIX, AttendStep, Native
+from tenon.engine.step import I32, GroupStep, Step
+from tenon.models.spec import KVGroup, ModelSpec
+
+FLASH_ROWS = 48
+"""From so many rows on, a chunk's attention is worth a matrix product."""
+ITEM_ROWS = 16
+"""Rows of one span that the C kernel takes through a tile of keys together."""
+flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class Attention(Protocol):
+    def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
+        """Zeroed cache memory. Raises ``ResourceError``."""
+        ...
+
+    def begin(self, step: Step) -> None:
+        """Take over a step's arrays and carry out its moves; valid until the next ``begin``."""
+        ...
+
+    def attend(self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layer: int, scale: float, window: int) -> Tensor:
+        """Write the layer's K and V, then attend by the step's rules. Returns (T, H, D)."""
+        ...
+
+
+def roots(step: Step) -> I32:
+    """(T,) the position up to which a row reads through its block table: its own, or its tree root's."""
+    base = step.pos.copy()
+    for row in np.flatnonzero(step.parent >= 0):
+        if step.parent[row] >= row or step.pos[row] != step.pos[step.parent[row]] + 1:
+            raise IntegrityError(f"tree row {row} must follow its parent, one position further")
+        base[row] = base[step.parent[row]]
+    return base
+
+
+@dataclass
+class _Cache:
+    """K and V of one layer, and which group's arrays say where."""
+
+    k: Tensor
+    v: Tensor
+    group: int
+
+
+def _allocate(
+    groups: tuple[KVGroup, ...], shapes: tuple[tuple[int, ...], tuple[int, ...]], like: Tensor
+) -> list[_Cache]:
+    layers: dict[int, _Cache] = {}
+    try:
+        for index, group in enumerate(groups):
+            for layer in group.layers:
+                layers[layer] = _Cache(like.new_zeros(shapes[0]), like.new_zeros(shapes[1]), index)
+    except RuntimeError as error:
+        raise ResourceError(f"no memory for the KV cache: {str(error).splitlines()[0]}") from error
+    return [layers[i] for i in range(len(layers))]
+
+
+class TorchAttention:
+    """Gathers each span's context and calls scaled_dot_product_attention: one call for all single-row spans, one
+    for each longer span. K and V lie as [slot, G, D]."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self._spec, self._like = spec, torch.empty(0, dtype=dtype, device=device)
+
+    def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
+        self._block_tokens = groups[0].block_tokens
+        shape = (n_blocks * self._block_tokens, self._spec.n_kv_heads, self._spec.head_dim)
+        self._layers = _allocate(groups, (shape, shape), self._like)
+
+    def begin(self, step: Step) -> None:
+        device = self._like.device
+        base = roots(step)
+        n_rows = np.diff(step.q_start)
+        ones = np.flatnonzero(n_rows == 1)
+        batches = [ones] if len(ones) else []
+        batches += [np.array([s]) for s in np.flatnonzero(n_rows > 1)]
+        self._slot = [torch.from_numpy(g.slot.astype(np.int64)).to(device) for g in step.groups]
+        self._parts = []
+        for spans in batches:
+            rows = np.stack([np.arange(step.q_start[s], step.q_start[s + 1]) for s in spans])
+            per_group = [self._reads(step, group, spans, rows, base) for group in step.groups]
+            slots = [torch.from_numpy(r[0]).to(device) for r in per_group]
+            seen_pos = torch.from_numpy(per_group[0][1]).to(device)
+            visible = torch.from_numpy(per_group[0][2]).to(device)
+            row_pos = torch.from_numpy(step.pos[rows].astype(np.int64)).to(device)
+            self._parts.append((torch.from_numpy(rows).to(device), slots, seen_pos, visible, row_pos))
+        for layer in self._layers:
+            moves = step.groups[layer.group].moves
+            if len(moves):
+                source, target = (torch.from_numpy(moves[:, i].astype(np.int64)).to(device) for i in (0, 1))
+                layer.k[target], layer.v[target] = layer.k[source], layer.v[source]
+
+    def _reads(
+        self, step: Step, group: GroupStep, spans: np.ndarray, rows: np.ndarray, base: I32
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Slots (n, L) that the spans read, their positions (n, L), and who sees what before windows (n, rows, L).
+
+        Columns are the table's positions up to the span's last root, then the span's own tree rows.
+        """
+        size = self._block_tokens
+        longest = int(base[rows].max()) + 1
+        tree = [np.array([r for r in row if step.parent[r] >= 0], np.int64) for row in rows]
+        width = longest + max(len(t) for t in tree)
+        slots = np.zeros((len(spans), width), np.int64)
+        seen_pos = np.zeros((len(spans), width), np.int64)
+        visible = np.zeros((len(spans), rows.shape[1], width), bool)
+        for i, s in enumerate(spans):
+            table = group.table[group.table_start[s] : group.table_start[s + 1]].astype(np.int64)
+            p = np.arange(min(longest, len(table) * size))
+            slots[i, : len(p)] = table[p // size] * size + p % size
+            seen_pos[i, :longest] = np.arange(longest)
+            visible[i, :, :longest] = np.arange(longest) <= base[rows[i]][:, None]
+            where = {int(r): longest + j for j, r in enumerate(tree[i])}
+            for r, column in where.items():
+                slots[i, column], seen_pos[i, column] = group.slot[r], step.pos[r]
+                up = r
+                while up in where:
+                    visible[i, r - rows[i, 0], where[up]] = True
+                    up = int(step.parent[up])
+        return slots, seen_pos, visible
+
+    def attend(self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layer: int, scale: float, window: int) -> Tensor:
+        cache = self._layers[layer]
+        slot = self._slot[cache.group]
+        cache.k[slot], cache.v[slot] = k_TGD, v_TGD
+        out_THD = torch.empty_like(q_THD)
+        for rows, slots, seen_pos, visible, row_pos in self._parts:
+            mask = visible
+            if window:
+                mask = mask & (seen_pos[:, None, :] > row_pos[:, :, None] - window)
+            q, k, v = q_THD[rows].transpose(1, 2), cache.k[slots[cache.group]], cache.v[slots[cache.group]]
+            o = F.scaled_dot_product_attention(
+                q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask[:, None], scale=scale, enable_gqa=True
+            )
+            out_THD[rows] = o.transpose(1, 2)
+        return out_THD
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A long prefill chunk for flash attention: rows [r0, r1), positions [start, start + r1 - r0)."""
+
+    r0: int
+    r1: int
+    start: int
+    table: I32
+
+
+class NativeAttention:
+    """The C kernel over K [block, G, D, B] and V [block, G, B, D]; CPU, fp32 or bf16."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, native: Native, *, invariant: bool) -> None:
+        self._spec, self._dtype, self._native, self._invariant = spec, dtype, native, invariant
+        self._attend, self._write, self._gather = native.attend[dtype], native.write[dtype], native.gather[dtype]
+
+    def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
+        size = self._size = groups[0].block_tokens
+        G, D = self._spec.n_kv_heads, self._spec.head_dim
+        shapes = ((n_blocks, G, D, size), (n_blocks, G, size, D))
+        self._layers = _allocate(groups, shapes, torch.empty(0, dtype=self._dtype))
+        self._windows = [group.window or 0 for group in groups]
+
+    def begin(self, step: Step) -> None:
+        self._base = roots(step)
+        self._pos, self._parent = np.ascontiguousarray(step.pos), np.ascontiguousarray(step.parent)
+        self._groups = []
+        self._keep: list[np.ndarray] = []
+        for group, window in zip(step.groups, self._windows, strict=True):
+            self._groups.append(self._plan(step, group, window))
+        for layer in self._layers:
+            moves = step.groups[layer.group].moves
+            if len(moves):
+                source, target = (
+                    torch.from_numpy(moves[:, 0].astype(np.int64)),
+                    torch.from_numpy(moves[:, 1].astype(np.int64)),
+                )
+                (sb, so), (tb, to) = ((x // self._size, x % self._size) for x in (source, target))
+                layer.k[tb, :, :, to] = layer.k[sb, :, :, so]
+                layer.v[tb, :, to] = layer.v[sb, :, so]
+
+    def _plan(self, step: Step, group: GroupStep, window: int) -> tuple[AttendStep, list[_Chunk]]:
+        """Cut the step into items: runs of chain rows, single tree rows; long plain chunks go to flash attention."""
+        row: list[int] = []
+        n: list[int] = []
+        table: list[int] = []
+        chunks: list[_Chunk] = []
+        q_start, starts = step.q_start.tolist(), group.table_start.tolist()
+        chain = not (step.parent >= 0).any()
+        for s, (r0, r1) in enumerate(pairwise(q_start)):
+            if chain and r1 - r0 >= FLASH_ROWS and not self._invariant:
+                first, last = int(step.pos[r0]), int(step.pos[r1 - 1])
+                if last - first == r1 - r0 - 1 and not 0 < window <= last:
+                    chunks.append(_Chunk(r0, r1, first, group.table[starts[s] : starts[s + 1]]))
+                    continue
+            at = r0
+            while at < r1:
+                take = 1
+                if chain or step.parent[at] < 0:
+                    while take < ITEM_ROWS and at + take < r1 and (chain or step.parent[at + take] < 0):
+                        take += 1
+                row.append(at)
+                n.append(take)
+                table.append(starts[s])
+                at += take
+        arrays = [np.ascontiguousarray(group.slot, np.int32), np.ascontiguousarray(group.table, np.int32)]
+        arrays += [np.array(x, np.int32) for x in (row, n, table)]
+        self._keep += arrays
+        slot, blocks, item_row, item_n, item_table = (a.ctypes.data for a in arrays)
+        spec = self._spec
+        return (
+            AttendStep(
+                step.n_rows, len(row), spec.n_heads, spec.n_kv_heads, spec.head_dim, self._size, window,
+                self._pos.ctypes.data, self._base.ctypes.data, self._parent.ctypes.data,
+                slot, blocks, item_row, item_n, item_table,
+            ),
+            chunks,
+        )  # fmt: skip
+
+    def attend(self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layer: int, scale: float, window: int) -> Tensor:
+        cache = self._layers[layer]
+        plan, chunks = self._groups[cache.group]
+        out_THD = torch.empty_like(q_THD)
+        failed = self._attend(
+            ctypes.addressof(plan), scale, q_THD.data_ptr(), k_TGD.data_ptr(), v_TGD.data_ptr(),
+            cache.k.data_ptr(), cache.v.data_ptr(), out_THD.data_ptr(),
+        )  # fmt: skip
+        if failed:
+            raise ResourceError("no memory for the attention kernel's scratch")
+        for chunk in chunks:
+            out_THD[chunk.r0 : chunk.r1] = self._flash(q_THD, k_TGD, v_TGD, chunk, plan, cache, scale)
+        return out_THD
+
+    def _flash(
+        self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, chunk: _Chunk, plan: AttendStep, cache: _Cache, scale: float
+    ) -> Tensor:
+        """Causal among the chunk's own rows, plus everything before it, joined by their log-sum-exps."""
+        q, k, v = (x[chunk.r0 : chunk.r1].transpose(0, 1)[None] for x in (q_THD, k_TGD, v_TGD))
+        own_1HTD, own_lse = flash_cpu(q, k, v, 0.0, True, scale=scale)
+        if chunk.start == 0:
+            return own_1HTD[0].transpose(0, 1)
+        G, D, T, H, L = self._spec.n_kv_heads, self._spec.head_dim, q.shape[2], q.shape[1], chunk.start
+        past_k, past_v = (torch.empty((G, L, D), dtype=self._dtype) for _ in range(2))
+        self._gather(
+            ctypes.addressof(plan), chunk.table.ctypes.data, 0, L,
+            cache.k.data_ptr(), cache.v.data_ptr(), past_k.data_ptr(), past_v.data_ptr(),
+        )  # fmt: skip
+        # Without a mask the heads that share keys are just more rows.
+        folded = q[0].reshape(1, G, H // G * T, D)
+        past_1GRD, past_lse = flash_cpu(folded, past_k[None], past_v[None], 0.0, False, scale=scale)
+        past_HTD, past_lse = past_1GRD.reshape(H, T, D), past_lse.reshape(H, T)
+        weight_HT1 = torch.sigmoid(own_lse[0] - past_lse)[..., None]
+        joined = torch.lerp(past_HTD.float(), own_1HTD[0].float(), weight_HT1)
+        return joined.to(self._dtype).transpose(0, 1)
+
+
+def supports_native(spec: ModelSpec, dtype: torch.dtype, head_multiple: int) -> bool:
+    """Whether the C kernel covers this model."""
+    return dtype in SUFFIX and spec.head_dim % head_multiple == 0

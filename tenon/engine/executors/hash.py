@@ -1,0 +1,111 @@
+"""An executor without a model: logits are a keyed hash of the tokens that a row sees.
+
+It reads the same ``Step`` as any other and keeps a real cache of token ids in the slots, so that whatever
+goes wrong above it (a wrong slot, a stale block, a position off by one) changes its output. Tests of scheduler,
+cache and server run on it without weights; steps cost microseconds.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import numpy as np
+
+from tenon.base.clock import SYSTEM, Clock
+from tenon.base.errors import IntegrityError
+from tenon.base.philox import derive
+from tenon.engine.executors.base import Caps, Ticket
+from tenon.engine.sampling import sample_rows
+from tenon.engine.step import HIDDEN, I32, SCORE, Step, StepResult
+from tenon.models.spec import KVGroup
+
+EMPTY = -7
+"""What a slot holds that nothing has written to."""
+
+
+class HashExecutor:
+    """``n_live`` logits per row are finite: the rest of the vocabulary is never chosen."""
+
+    def __init__(self, vocab_size: int, *, seed: int = 0, n_live: int = 32, clock: Clock = SYSTEM) -> None:
+        self._vocab_size = vocab_size
+        self._seed = seed
+        self._n_live = min(n_live, vocab_size)
+        self._clock = clock
+        self._slots: list[I32] = []
+        self._windows: list[int | None] = []
+        self._block_tokens = 0
+        self._last: dict[int, int] = {}
+        self._results: dict[Ticket, StepResult] = {}
+        self.n_steps = 0
+
+    @property
+    def caps(self) -> Caps:
+        return Caps("hash", "cpu", "int32", trees=True, holes=True, invariant=True)
+
+    def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
+        self._block_tokens = groups[0].block_tokens
+        self._slots = [np.full(n_blocks * g.block_tokens, EMPTY, np.int32) for g in groups]
+        self._windows = [g.window for g in groups]
+
+    def logits(self, context: I32) -> np.ndarray:
+        """(V,) scores of the token after ``context``: a function of nothing else."""
+        out = np.full(self._vocab_size, -np.inf, np.float32)
+        key = (self._seed % 2**64).to_bytes(8, "little")
+        digest = blake2b(context.astype(np.int32).tobytes(), key=key, digest_size=16).digest()
+        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+        live = rng.choice(self._vocab_size, self._n_live, replace=False)
+        out[live] = rng.standard_normal(self._n_live, dtype=np.float32) * 2
+        return out
+
+    def submit(self, step: Step) -> Ticket:
+        start_s = self._clock.now_s()
+        span = np.repeat(np.arange(len(step.seq)), np.diff(step.q_start))
+        tok = step.tok.copy()
+        for row in np.flatnonzero(tok == -1):
+            tok[row] = self._last[int(step.seq[span[row]])]
+        for slots, group in zip(self._slots, step.groups, strict=True):
+            if len(group.moves):
+                slots[group.moves[:, 1]] = slots[group.moves[:, 0]]
+            slots[group.slot] = tok
+        rows = [self._visible(step, span, tok, int(row)) for row in step.out_row]
+        logits_RV = np.stack([self.logits(r) for r in rows]) if rows else np.zeros((0, self._vocab_size), np.float32)
+        result = sample_rows(step, logits_RV)
+        for seq, token in zip(step.out_seq.tolist(), result.ids.tolist(), strict=True):
+            self._last[seq] = token
+        if np.any(step.want & (SCORE | HIDDEN)):
+            raise IntegrityError("the hash executor has no hidden states and no scores")
+        result.start_s, result.end_s = start_s, self._clock.now_s()
+        self.n_steps += 1
+        ticket = Ticket(step.id)
+        self._results[ticket] = result
+        return ticket
+
+    def _visible(self, step: Step, span: np.ndarray, tok: I32, row: int) -> I32:
+        """The token ids that a row sees, in position order, read back through the block tables of every group."""
+        path = []
+        root = row
+        while step.parent[root] != -1:
+            path.append(root)
+            root = int(step.parent[root])
+        s, p = span[row], int(step.pos[root])
+        reference: I32 | None = None
+        for slots, group in zip(self._slots, step.groups, strict=True):
+            table = group.table[group.table_start[s] : group.table_start[s + 1]]
+            positions = np.arange(p + 1)
+            seen = slots[table[positions // self._block_tokens] * self._block_tokens + positions % self._block_tokens]
+            seen = np.concatenate((seen, tok[path[::-1]])).astype(np.int32)
+            if reference is not None and not np.array_equal(reference, seen):
+                raise IntegrityError(f"groups disagree about the context of sequence {step.seq[s]}")
+            reference = seen
+        if reference is None or (reference == EMPTY).any():
+            raise IntegrityError(f"sequence {step.seq[s]} reads a slot that nothing was written to")
+        return reference
+
+    def poll(self, ticket: Ticket) -> StepResult:
+        return self._results.pop(ticket)
+
+    def load_weights(self, path: str, version: int) -> None:
+        self._seed = derive(self._seed, version)
+
+    def close(self) -> None:
+        self._slots.clear()

@@ -1,0 +1,142 @@
+"""The C kernels of the torch executor on CPU: paged attention, row-wise maths, sampling noise.
+
+Tensors go in as pointers; layouts are in ``compiler/csrc/attend_body.h``. Without a C compiler ``load`` raises
+and the executor goes on in torch alone, saying so once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tenon.base.errors import ResourceError
+from tenon.compiler import toolchain
+from tenon.models.decoder import Maths
+from tenon.models.spec import ModelSpec
+
+SOURCES = ("attend.c", "rows.c", "sample.c")
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+Entry = dict[torch.dtype, Callable[..., int]]
+HEAD_MULTIPLE = 32
+"""The attention kernel needs head sizes that are multiples of this."""
+
+
+class AttendStep(ctypes.Structure):
+    """Mirror of ``attend_step`` in attend.h; keep the fields in its order."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("n_rows", "n_items", "n_heads", "n_kv_heads", "head_dim")),
+        *((name, c_int64) for name in ("block_tokens", "window")),
+        *((name, c_void_p) for name in ("pos", "base", "parent", "slot", "table")),
+        *((name, c_void_p) for name in ("item_row", "item_n", "item_table")),
+    ]  # fmt: skip
+
+
+class Native:
+    """Typed entry points of the shared object."""
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        P, I, F = c_void_p, c_int64, c_float
+        self.attend: Entry = {}
+        self.write: Entry = {}
+        self.gather: Entry = {}
+        self.norm: Entry = {}
+        self.add_norm: Entry = {}
+        self.heads: Entry = {}
+        self.swiglu: Entry = {}
+        for dtype, suffix in SUFFIX.items():
+            for table, name, arguments, result in (
+                (self.attend, "attend", (P, F, P, P, P, P, P, P), c_int32),
+                (self.write, "write", (P, P, P, P, P), None),
+                (self.gather, "gather", (P, P, I, I, P, P, P, P), None),
+                (self.norm, "norm", (P, P, F, I, I, P), None),
+                (self.add_norm, "add_norm", (P, P, P, F, I, I, P), None),
+                (self.heads, "heads", (P, P, P, F, P, P, I, I, I, I, P, P, P), None),
+                (self.swiglu, "swiglu", (P, I, I, P), None),
+            ):
+                function = lib[f"tenon_{name}_{suffix}"]
+                function.argtypes, function.restype = arguments, result
+                table[dtype] = function
+        self._noise = lib["tenon_noise"]
+        self._noise.argtypes, self._noise.restype = (c_uint64, c_uint32, c_uint32, P, I, P), None
+        self._choose = lib["tenon_choose"]
+        self._choose.argtypes, self._choose.restype = (P, I, F, c_uint64, c_uint32, c_uint32), c_int64
+
+    def noise(self, seed: int, sample: int, position: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        """:func:`tenon.base.philox.noise`, faster."""
+        tokens = np.ascontiguousarray(tokens, np.int64)
+        out = np.empty(len(tokens), np.float64)
+        self._noise(seed, sample, position, tokens.ctypes.data, len(tokens), out.ctypes.data)
+        return out
+
+    def choose(self, logits_V: NDArray[np.float32], temperature: float, seed: int, sample: int, position: int) -> int:
+        """Gumbel-max over all tokens, for requests without filters. Raises ``ValueError`` if no logit is finite."""
+        token = self._choose(logits_V.ctypes.data, len(logits_V), temperature, seed, sample, position)
+        if token < 0:
+            raise ValueError("no token has a finite logit")
+        return int(token)
+
+
+@cache
+def load() -> Native:
+    """Compile (once per machine) and load. Raises ``ResourceError`` when there is no compiler, or it fails."""
+    try:
+        return Native(toolchain.load(toolchain.build("engine", [toolchain.CSRC / s for s in SOURCES])))
+    except (AttributeError, OSError) as error:
+        raise ResourceError(f"the engine's kernels could not be loaded: {error}") from error
+
+
+class NativeMaths(Maths):
+    """The decoder's row-wise maths as single C calls; inference only, contiguous CPU tensors of one type."""
+
+    def __init__(self, native: Native, dtype: torch.dtype) -> None:
+        self._norm, self._add_norm = native.norm[dtype], native.add_norm[dtype]
+        self._heads, self._swiglu = native.heads[dtype], native.swiglu[dtype]
+
+    def norm(self, x_TM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x_TM)
+        n = x_TM.shape[-1]
+        self._norm(x_TM.data_ptr(), weight_M.data_ptr(), eps, x_TM.numel() // n, n, out.data_ptr())
+        return out
+
+    def add_norm(self, x_TM: Tensor, delta_TM: Tensor, weight_M: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out = torch.empty_like(x_TM)
+        T, M = x_TM.shape
+        self._add_norm(x_TM.data_ptr(), delta_TM.data_ptr(), weight_M.data_ptr(), eps, T, M, out.data_ptr())
+        return x_TM, out
+
+    def heads(
+        self,
+        qkv_TN: Tensor,
+        spec: ModelSpec,
+        q_norm_D: Tensor | None,
+        k_norm_D: Tensor | None,
+        cos_TD2: Tensor,
+        sin_TD2: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        T, H, G, D = qkv_TN.shape[0], spec.n_heads, spec.n_kv_heads, spec.head_dim
+        q, k, v = (torch.empty((T, n, D), dtype=qkv_TN.dtype) for n in (H, G, G))
+        self._heads(
+            qkv_TN.data_ptr(),
+            None if q_norm_D is None else q_norm_D.data_ptr(),
+            None if k_norm_D is None else k_norm_D.data_ptr(),
+            spec.norm_eps,
+            cos_TD2.data_ptr(),
+            sin_TD2.data_ptr(),
+            T, H, G, D,
+            q.data_ptr(), k.data_ptr(), v.data_ptr(),
+        )  # fmt: skip
+        return q, k, v
+
+    def swiglu(self, gate_up_T2F: Tensor) -> Tensor:
+        T, F2 = gate_up_T2F.shape
+        out = torch.empty((T, F2 // 2), dtype=gate_up_T2F.dtype)
+        self._swiglu(gate_up_T2F.data_ptr(), T, F2 // 2, out.data_ptr())
+        return out

@@ -1,0 +1,217 @@
+"""What the HTTP process and the engine process say to each other, in one batch per step.
+
+Typed msgspec structs over a local stream socket, length-prefixed; nothing is ever unpickled. The engine sees
+ids only: text, templates and stop strings stay with the HTTP process. Every batch carries the engine's epoch, so
+that words of an engine that has died are recognised and dropped.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import msgspec
+
+from tenon.base.errors import ProtocolError
+
+MAX_FRAME_BYTES: Final = 64 * 2**20
+_HEADER = struct.Struct("<I")
+
+
+class Add(msgspec.Struct, frozen=True, tag="add"):
+    """Serve this request. ``seed`` is always set: the HTTP process draws one where the caller did not.
+
+    ``arrival_s`` is the sender's monotonic clock (one machine, one clock).
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    seed: int
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n_logprobs: int = -1
+    tenant: str = ""
+    slo_class: str = ""
+    arrival_s: float = 0.0
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Forget this request at once. Unknown ids are no error: aborts race with endings."""
+
+    request_id: str
+
+
+class LoadWeights(msgspec.Struct, frozen=True, tag="load_weights"):
+    path: str
+    version: int
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Take no more requests, finish those in flight, then end."""
+
+
+class Reset(msgspec.Struct, frozen=True, tag="reset"):
+    """Abort everything and forget the prefix cache."""
+
+
+class Phase(msgspec.Struct, frozen=True, tag="phase"):
+    """Where start-up stands; ``fraction`` in 0..1 of this phase."""
+
+    name: str
+    fraction: float
+    detail: str = ""
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The engine takes requests from now on."""
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    n_blocks: int
+    block_tokens: int
+    kv_bytes: int
+    description: dict[str, str] = {}
+
+
+class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    request_id: str
+    cached_tokens: int = 0
+
+
+class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
+    """The request was not taken, or failed alone: ``status`` is the HTTP status that fits."""
+
+    request_id: str
+    message: str
+    status: int = 400
+    code: str | None = None
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """New tokens of one sequence. ``finish_reason``: "stop", "length", "abort", "error"; set exactly once."""
+
+    request_id: str
+    index: int
+    ids: tuple[int, ...]
+    finish_reason: str | None = None
+    stop_id: int | None = None
+    logprobs: tuple[float, ...] = ()
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    step: int
+    deltas: tuple[Delta, ...]
+
+
+class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    """State as it is now, read when sent; counters only ever grow within an epoch."""
+
+    now_s: float
+    steps: int
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_held: int
+    blocks_cached: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+    started: int
+    finished: dict[str, int]
+    step_s: float
+    """Duration of the last step."""
+    bookkeeping_s: float
+    """Of the last step: scheduling and commit, without the executor."""
+
+
+class KVEvents(msgspec.Struct, frozen=True, tag="kv_events"):
+    """Blocks published and evicted since the last batch, as hex digests of their chained hashes."""
+
+    stored: tuple[str, ...]
+    evicted: tuple[str, ...]
+
+
+class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
+    """The engine cannot go on; the last thing it says. ``message`` is one sentence for a person."""
+
+    message: str
+    trace: str = ""
+
+
+ToEngine = Add | Abort | LoadWeights | Drain | Reset
+FromEngine = Phase | Ready | Accepted | Rejected | Outputs | Stats | KVEvents | Fatal
+
+
+class EngineBatch(msgspec.Struct, frozen=True, array_like=True):
+    epoch: int
+    messages: tuple[ToEngine, ...]
+
+
+class ServerBatch(msgspec.Struct, frozen=True, array_like=True):
+    epoch: int
+    messages: tuple[FromEngine, ...]
+
+
+_to_engine = msgspec.msgpack.Decoder(EngineBatch)
+_from_engine = msgspec.msgpack.Decoder(ServerBatch)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(batch: EngineBatch | ServerBatch) -> bytes:
+    """One frame: four bytes of length, little-endian, and the body."""
+    body = _encoder.encode(batch)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a batch of {len(body)} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+    return _HEADER.pack(len(body)) + body
+
+
+class Frames:
+    """Cuts a byte stream into frames; keeps what is incomplete for the next ``feed``."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Bodies completed by ``data``. Raises ``ProtocolError`` for a frame over the limit."""
+        self._buffer += data
+        bodies: list[bytes] = []
+        while len(self._buffer) >= _HEADER.size:
+            (length,) = _HEADER.unpack_from(self._buffer)
+            if length > MAX_FRAME_BYTES:
+                raise ProtocolError(f"a frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+            end = _HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            bodies.append(bytes(self._buffer[_HEADER.size : end]))
+            del self._buffer[:end]
+        return bodies
+
+
+def decode_to_engine(body: bytes) -> EngineBatch:
+    """Raises ``ProtocolError`` where the bytes are no such batch."""
+    try:
+        return _to_engine.decode(body)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"not a batch for the engine: {error}") from error
+
+
+def decode_from_engine(body: bytes) -> ServerBatch:
+    """Raises ``ProtocolError`` where the bytes are no such batch."""
+    try:
+        return _from_engine.decode(body)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"not a batch from the engine: {error}") from error

@@ -1,0 +1,157 @@
+"""From logits to a token by the one randomness rule: numpy, fp64 where it decides, torch-free.
+
+Temperature first, then top-k, top-p, min-p (each on what the one before left, as Hugging Face orders them), then
+Gumbel-max with Philox noise over what survived (see :mod:`tenon.base.philox`). Temperature 0 takes the best logit,
+the smaller id where two are equal.
+
+Shapes: R outputs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenon.base import philox
+from tenon.engine.step import EDIT_ADD, EDIT_BAN, F32, SAMPLE, SCORE, Params, Step, StepResult
+
+Noise = Callable[[int, int, int, NDArray[np.int64]], NDArray[np.float64]]
+Choose = Callable[[NDArray[np.float32], float, int, int, int], int]
+
+
+def survivors(logits_V: NDArray[np.floating], params: Params, p: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Ids and tempered logits of the tokens that the filters of parameter row ``p`` leave."""
+    best = logits_V.max()
+    if not np.isfinite(best):
+        raise ValueError("no token has a finite logit")
+    temperature = float(params.temperature[p])
+    # What lies further below the best than the noise can lift is out whatever the noise is.
+    reach = (philox.GUMBEL_MAX - philox.GUMBEL_MIN) * temperature
+    ids = np.flatnonzero(logits_V >= best - reach)
+    top_k, top_p, min_p = int(params.top_k[p]), float(params.top_p[p]), float(params.min_p[p])
+    if top_p < 1.0 or min_p > 0.0:
+        ids = np.flatnonzero(logits_V > -np.inf)
+    x = logits_V[ids].astype(np.float64) / temperature
+    if 0 < top_k < len(ids):
+        keep = x >= np.partition(x, len(x) - top_k)[len(x) - top_k]
+        ids, x = ids[keep], x[keep]
+    if top_p < 1.0:
+        order = np.argsort(-x, kind="stable")
+        prob = np.exp(x[order] - x[order[0]])
+        before = np.cumsum(prob) - prob
+        keep = np.sort(order[before < top_p * prob.sum()])
+        ids, x = ids[keep], x[keep]
+    if min_p > 0.0:
+        keep = x >= x.max() + np.log(min_p)
+        ids, x = ids[keep], x[keep]
+    return ids, x
+
+
+def choose(logits_V: F32, step: Step, r: int, noise: Noise = philox.noise, fast: Choose | None = None) -> int:
+    """The token of output ``r``. Raises ``ValueError`` where no token is allowed.
+
+    ``fast`` may stand in for the noise and the argmax where no filter applies.
+    """
+    p = int(step.params_index[r])
+    if step.params.temperature[p] == 0:
+        best = int(np.argmax(logits_V))
+        if not np.isfinite(logits_V[best]):
+            raise ValueError("no token has a finite logit")
+        return best
+    key = int(step.params.seed[p]), int(step.params.sample[p]), int(step.out_position[r])
+    plain = step.params.top_k[p] == 0 and step.params.top_p[p] >= 1 and step.params.min_p[p] == 0
+    if fast is not None and plain:
+        return fast(logits_V, float(step.params.temperature[p]), *key)
+    ids, x = survivors(logits_V, step.params, p)
+    if len(ids) == 1:
+        return int(ids[0])
+    g = noise(*key, ids)
+    return int(ids[np.argmax(x + g)])
+
+
+def edited(logits_V: F32, step: Step, r: int) -> F32:
+    """The row's logits after its bit mask and edits; the same array where it has none."""
+    mask = int(step.bitmask_index[r])
+    start, end = int(step.edit_start[r]), int(step.edit_start[r + 1])
+    if mask < 0 and start == end:
+        return logits_V
+    out = logits_V.copy()
+    if mask >= 0:
+        bits = np.unpackbits(step.bitmask[mask].view(np.uint8), bitorder="little", count=len(out))
+        out[bits == 0] = -np.inf
+    for token, kind, value in zip(
+        step.edit_token[start:end].tolist(),
+        step.edit_kind[start:end].tolist(),
+        step.edit_value[start:end].tolist(),
+        strict=True,
+    ):
+        if kind == EDIT_ADD:
+            out[token] += value
+        elif kind == EDIT_BAN:
+            out[token] = -np.inf
+        else:
+            out[token] = out[token] / value if out[token] > 0 else out[token] * value
+    return out
+
+
+def log_softmax(logits_V: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Log-probabilities (V,) in fp64."""
+    x = logits_V.astype(np.float64)
+    x -= x.max()
+    return np.asarray(x - np.log(np.exp(x).sum()))
+
+
+def sample_rows(
+    step: Step,
+    logits_RV: F32,
+    noise: Noise | None = None,
+    greedy: NDArray[np.int64] | None = None,
+    fast: Choose | None = None,
+) -> StepResult:
+    """Choose a token for each output that wants one; log-probabilities are of the unprocessed logits.
+
+    ``noise`` and ``fast`` are a backend's quicker ways to the same numbers; ``greedy`` the rows' argmax where it has
+    them, and then rows that are greedy without edits need no logits. A row that cannot be sampled is an error of its
+    sequence alone.
+    """
+    R = step.n_outputs
+    k = max(0, int(step.params.n_logprobs.max(initial=-1)))
+    result = StepResult(
+        ids=np.full(R, -1, np.int32),
+        logprobs=np.full(R, np.nan, np.float32),
+        top_ids=np.full((R, k), -1, np.int32),
+        top_logprobs=np.full((R, k), np.nan, np.float32),
+        scores=np.full(len(step.score_token), np.nan, np.float32),
+        hidden=np.zeros((0, 0), np.float32),
+        transfers_done=np.zeros(0, np.int64),
+        start_s=0.0,
+        end_s=0.0,
+    )
+    plain = greedy is not None and not len(step.edit_token) and (step.bitmask_index < 0).all()
+    for r in range(R):
+        p = int(step.params_index[r])
+        n_logprobs = int(step.params.n_logprobs[p])
+        try:
+            if step.want[r] & SAMPLE:
+                if plain and greedy is not None and step.params.temperature[p] == 0:
+                    result.ids[r] = greedy[r]
+                else:
+                    result.ids[r] = choose(edited(logits_RV[r], step, r), step, r, noise or philox.noise, fast)
+        except ValueError as error:
+            result.errors[int(step.out_seq[r])] = str(error)
+            continue
+        if n_logprobs < 0 and not step.want[r] & SCORE:
+            continue
+        logp_V = log_softmax(logits_RV[r])
+        if step.want[r] & SAMPLE:
+            result.logprobs[r] = logp_V[result.ids[r]]
+        if n_logprobs > 0:
+            best = np.lexsort((np.arange(len(logp_V)), -logp_V))[:n_logprobs]
+            result.top_ids[r, :n_logprobs] = best
+            result.top_logprobs[r, :n_logprobs] = logp_V[best]
+        if step.want[r] & SCORE:
+            where = slice(int(step.score_start[r]), int(step.score_start[r + 1]))
+            result.scores[where] = logp_V[step.score_token[where]]
+    return result

@@ -1,0 +1,395 @@
+"""Who computes what in the next step, and what came of it.
+
+    schedule(now) -> Step      pick spans: decodes first, then running prefills, then newcomers, within one budget
+    commit(step, result)       append samples, publish full blocks, fork, finish; returns what to tell callers
+
+Order is by arrival. When blocks run out, the latest arrivals give theirs up and recompute later (their
+published blocks often survive until then). A sequence preempted ``max_preemptions`` times comes back only when
+all blocks it can ever need are free, takes them at once, and is left alone: preemptions per request are bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tenon.base.errors import ContextTooLong, IntegrityError, Overloaded, RequestError
+from tenon.engine.assemble import Span, assemble
+from tenon.engine.blocks import BlockPool, root_digest
+from tenon.engine.config import EngineConfig
+from tenon.engine.messages import Accepted, Add, Delta
+from tenon.engine.policies.evict import POLICIES
+from tenon.engine.sequence import Request, Seq, State
+from tenon.engine.step import Step, StepResult
+from tenon.models.spec import KVGroup
+
+
+@dataclass
+class Counters:
+    """Only ever grow."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    started: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Owns sequences, block pools and queues of one model. Knows neither clock nor executor."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        groups: tuple[KVGroup, ...],
+        n_blocks: int,
+        *,
+        model: str,
+        vocab_size: int,
+        eos_ids: Iterable[int],
+        max_model_len: int,
+        secret: bytes,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.vocab_size = vocab_size
+        self.eos_ids = frozenset(eos_ids)
+        self.max_model_len = max_model_len
+        self.weights_version = 0
+        self.pools = [BlockPool(n_blocks, config.block_tokens, POLICIES[config.evict]()) for _ in groups]
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Seq] = []
+        self.running: list[Seq] = []
+        self.counters = Counters()
+        self._secret = secret
+        self._order = 0
+        self._next_seq = 0
+        self._spans: list[Span] = []
+        self._moves: list[tuple[int, int, int]] = []
+
+    # -- requests come and go ------------------------------------------------------------------------------
+
+    def add(self, add: Add) -> Accepted:
+        """Queue a request. Raises ``RequestError`` (or ``ContextTooLong``, ``Overloaded``) and changes nothing then."""
+        n_prompt = len(add.prompt)
+        if add.request_id in self.requests:
+            raise RequestError(f"request id {add.request_id!r} is being served already", param="request_id")
+        if n_prompt == 0:
+            raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
+        if add.max_tokens < 1 or add.n < 1:
+            message = f"max_tokens and n must be at least 1, got {add.max_tokens} and {add.n}"
+            raise RequestError(message, param="max_tokens")
+        bad = next((t for t in add.prompt if not 0 <= t < self.vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"token id {bad} is outside the vocabulary of {self.vocab_size}", param="prompt")
+        if n_prompt + add.max_tokens > self.max_model_len:
+            raise ContextTooLong(n_prompt, add.max_tokens, self.max_model_len)
+        if len(self.waiting) >= self.config.max_waiting:
+            message = f"{len(self.waiting)} requests are waiting already, which is the limit"
+            raise Overloaded(message, retry_after_s=1.0)
+        if add.n > self.config.max_sequences:
+            raise RequestError(f"n must be at most {self.config.max_sequences} here, got {add.n}", param="n")
+        root = root_digest(self._secret, self.model, str(self.weights_version), add.tenant)
+        stop_ids = frozenset(add.stop_ids) | (frozenset() if add.ignore_eos else self.eos_ids)
+        request = Request(add, self._order, self._secret, root, stop_ids)
+        self._order += 1
+        for index in range(add.n):
+            request.seqs.append(Seq(self._next_seq, request, index, len(self.pools), self.config.block_tokens))
+            self._next_seq += 1
+        self.requests[add.request_id] = request
+        self.waiting.append(request.seqs[0])
+        self.counters.started += 1
+        return Accepted(add.request_id)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request in any state and free its blocks at once; False if it is not being served."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return False
+        for seq in request.seqs:
+            if seq.state is not State.FINISHED:
+                self._leave(seq)
+        self._end(request, "abort")
+        return True
+
+    def reset(self) -> list[str]:
+        """Abort everything and forget what is published; returns the ids of the dropped requests."""
+        dropped = list(self.requests)
+        for request_id in dropped:
+            self.abort(request_id)
+        for pool in self.pools:
+            pool.forget()
+        return dropped
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    # -- one step -------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when there is nothing to compute. Blocks are reserved for all its rows."""
+        budget = self.config.max_step_tokens
+        self._spans, self._moves = [], []
+        scheduled: set[int] = set()
+        n_preempted = self.counters.preemptions
+        decodes = [s for s in self.running if s.is_decoding]
+        prefills = [s for s in self.running if not s.is_decoding]
+        for seq in (*decodes, *prefills):
+            if budget == 0:
+                break
+            if seq.state is not State.RUNNING:
+                continue
+            n = min(seq.n_remaining, budget)
+            if not self._reserve(seq, seq.n_computed + n, scheduled):
+                continue
+            self._span(seq, n, scheduled)
+            budget -= n
+        if self.counters.preemptions == n_preempted:
+            self._admit(budget, scheduled)
+        if not self._spans:
+            if self.has_work:
+                raise IntegrityError("there is work, but no span could be scheduled")
+            return None
+        self.counters.steps += 1
+        version, n_groups = self.weights_version, len(self.pools)
+        return assemble(self.counters.steps, self.model, version, self._spans, self._moves, n_groups)
+
+    def _span(self, seq: Seq, n: int, scheduled: set[int]) -> None:
+        self._spans.append(Span(seq, seq.n_computed, n, samples=n == seq.n_remaining))
+        scheduled.add(seq.id)
+
+    def _admit(self, budget: int, scheduled: set[int]) -> None:
+        while self.waiting and budget > 0:
+            seq = self.waiting[0]
+            if self.running and self._n_slots(seq) + sum(map(self._n_slots, self.running)) > self.config.max_sequences:
+                return
+            if not self._enter(seq):
+                return
+            self.waiting.pop(0)
+            n = min(seq.n_remaining, budget)
+            self._span(seq, n, scheduled)
+            budget -= n
+
+    @staticmethod
+    def _n_slots(seq: Seq) -> int:
+        """Sequences that this one stands for: its siblings wait for the prompt that it computes."""
+        return 1 if seq.request.forked else seq.request.add.n
+
+    def _enter(self, seq: Seq) -> bool:
+        """Match the prefix, take blocks for all tokens known (or ever possible, if preempted often), start running."""
+        cached = self._match(seq)
+        last = len(seq.tokens) if seq.n_preempted >= self.config.max_preemptions else seq.n_tokens
+        n_blocks = -(-last // self.config.block_tokens)
+        # Matched idle blocks count as available until they are held.
+        for pool, blocks in zip(self.pools, cached, strict=True):
+            if n_blocks - sum(pool.ref[b] > 0 for b in blocks) > pool.n_available:
+                return False
+        for pool, table, blocks in zip(self.pools, seq.tables, cached, strict=True):
+            for i, block in enumerate(blocks):
+                pool.share(block)
+                table[i] = block
+            for i in range(len(blocks), n_blocks):
+                table[i] = pool.take()
+        seq.n_blocks = n_blocks
+        seq.n_published = len(cached[0])
+        seq.n_computed = seq.n_published * self.config.block_tokens
+        seq.pinned = seq.n_preempted >= self.config.max_preemptions
+        seq.state = State.RUNNING
+        self.running.append(seq)
+        self.running.sort(key=lambda s: (s.request.order, s.index))
+        if seq.n_preempted == 0:
+            seq.request.cached_tokens = seq.n_computed
+            self.counters.prompt_tokens += seq.n_prompt
+            self.counters.cached_tokens += seq.n_computed
+        return True
+
+    def _match(self, seq: Seq) -> list[list[int]]:
+        """Leading blocks resident in every group; the position whose logits are wanted counts as not resident."""
+        found: list[list[int]] = [[] for _ in self.pools]
+        if not self.config.prefix_cache:
+            return found
+        for i in range((seq.n_tokens - 1) // self.config.block_tokens):
+            digest, content = seq.digest(i), seq.block_content(i)
+            hits = [pool.lookup(digest, content) for pool in self.pools]
+            if any(hit is None for hit in hits):
+                break
+            for blocks, hit in zip(found, hits, strict=True):
+                blocks.append(hit)  # type: ignore[arg-type]
+        return found
+
+    def _reserve(self, seq: Seq, n_tokens: int, scheduled: set[int]) -> bool:
+        """Blocks for positions up to ``n_tokens``, the one written next private; preempts later arrivals for it."""
+        size = self.config.block_tokens
+        n_blocks = -(-n_tokens // size)
+
+        def shares_partial() -> bool:
+            i = seq.n_computed // size
+            return i < seq.n_blocks and self.pools[0].ref[seq.tables[0][i]] > 1
+
+        while min(pool.n_available for pool in self.pools) < n_blocks - seq.n_blocks + shares_partial():
+            victim = self._victim(seq, scheduled)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        if shares_partial():
+            self._copy_on_write(seq, seq.n_computed // size)
+        for pool, table in zip(self.pools, seq.tables, strict=True):
+            for i in range(seq.n_blocks, n_blocks):
+                table[i] = pool.take()
+        seq.n_blocks = max(seq.n_blocks, n_blocks)
+        return True
+
+    def _copy_on_write(self, seq: Seq, i: int) -> None:
+        size = self.config.block_tokens
+        for group, (pool, table) in enumerate(zip(self.pools, seq.tables, strict=True)):
+            old, new = int(table[i]), pool.take()
+            pool.release(old)
+            table[i] = new
+            self._moves.extend((group, old * size + k, new * size + k) for k in range(seq.n_computed % size))
+
+    def _victim(self, seq: Seq, scheduled: set[int]) -> Seq | None:
+        """The latest arrival after ``seq`` that is neither in this step nor pinned."""
+        for other in reversed(self.running):
+            if other is seq:
+                return None
+            if other.id not in scheduled and not other.pinned:
+                return other
+        return None
+
+    def _preempt(self, seq: Seq) -> None:
+        self._release(seq)
+        self.running.remove(seq)
+        seq.state = State.WAITING
+        seq.n_computed = seq.n_published = 0
+        seq.n_preempted += 1
+        self.counters.preemptions += 1
+        self.waiting.append(seq)
+        self.waiting.sort(key=lambda s: (s.request.order, s.index))
+
+    # -- what came of it ------------------------------------------------------------------------------------
+
+    def commit(self, step: Step, result: StepResult) -> list[Delta]:
+        """Take over the step's samples. Sequences aborted since then are passed over."""
+        deltas: list[Delta] = []
+        failed = result.errors
+        row = 0
+        for span in self._spans:
+            seq = span.seq
+            targets = span.targets
+            rows = range(row, row + len(targets))
+            row += len(targets)
+            if seq.state is not State.RUNNING:
+                continue
+            if seq.id in failed:
+                deltas.extend(self._fail(seq.request, failed[seq.id]))
+                continue
+            seq.n_computed = span.start + span.n
+            self._publish(seq)
+            if span.samples and not seq.request.forked and len(targets) > 1:
+                self._fork(seq)
+            for target, r in zip(targets, rows, strict=True):
+                deltas.append(self._append(target, r, result))
+        self._spans = []
+        return deltas
+
+    def _append(self, seq: Seq, r: int, result: StepResult) -> Delta:
+        token = int(result.ids[r])
+        request = seq.request
+        seq.append(token)
+        self.counters.output_tokens += 1
+        reason, stop_id = None, None
+        if token in request.stop_ids:
+            reason, stop_id = "stop", token
+        elif seq.n_output >= request.add.max_tokens:
+            reason = "length"
+        logprobs: tuple[float, ...] = ()
+        top: tuple[tuple[tuple[int, float], ...], ...] = ()
+        k = request.add.n_logprobs
+        if k >= 0:
+            logprobs = (float(result.logprobs[r]),)
+            best = zip(result.top_ids[r, :k].tolist(), result.top_logprobs[r, :k].tolist(), strict=True)
+            top = (tuple(best),)
+        if reason is not None:
+            self._leave(seq)
+            if request.n_unfinished == 0:
+                self._end(request, reason)
+        return Delta(
+            request.add.request_id,
+            seq.index,
+            (token,),
+            reason,
+            stop_id,
+            logprobs,
+            top,
+            request.cached_tokens,
+        )
+
+    def _fail(self, request: Request, message: str) -> list[Delta]:
+        lost = [seq for seq in request.seqs if seq.state is not State.FINISHED]
+        for seq in lost:
+            self._leave(seq)
+        self._end(request, "error")
+        return [Delta(request.add.request_id, seq.index, (), "error", error=message) for seq in lost]
+
+    def _fork(self, first: Seq) -> None:
+        """The prompt is computed: siblings share its blocks; the partial one is copied by whoever writes first."""
+        for sibling in first.request.seqs[1:]:
+            for pool, source, table in zip(self.pools, first.tables, sibling.tables, strict=True):
+                for i in range(first.n_blocks):
+                    pool.share(int(source[i]))
+                table[: first.n_blocks] = source[: first.n_blocks]
+            sibling.n_blocks = first.n_blocks
+            sibling.n_computed = first.n_computed
+            sibling.n_published = first.n_published
+            sibling.digests = first.digests[: first.n_published]
+            sibling.state = State.RUNNING
+            self.running.append(sibling)
+        self.running.sort(key=lambda s: (s.request.order, s.index))
+        first.request.forked = True
+
+    def _publish(self, seq: Seq) -> None:
+        if not self.config.prefix_cache:
+            return
+        for i in range(seq.n_published, seq.n_computed // self.config.block_tokens):
+            for pool, table in zip(self.pools, seq.tables, strict=True):
+                pool.publish(int(table[i]), seq.digest(i), seq.block_content(i))
+            seq.n_published = i + 1
+
+    # -- endings --------------------------------------------------------------------------------------------
+
+    def _release(self, seq: Seq) -> None:
+        for pool, table in zip(self.pools, seq.tables, strict=True):
+            for i in range(seq.n_blocks - 1, -1, -1):
+                pool.release(int(table[i]))
+        seq.n_blocks = 0
+
+    def _leave(self, seq: Seq) -> None:
+        if seq.state is State.RUNNING:
+            self._release(seq)
+            self.running.remove(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+        seq.state = State.FINISHED
+
+    def _end(self, request: Request, reason: str) -> None:
+        del self.requests[request.add.request_id]
+        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+
+    def check_integrity(self) -> None:
+        """Conservation of blocks, requests and queues. Raises ``IntegrityError``."""
+        holders = [seq for request in self.requests.values() for seq in request.seqs if seq.n_blocks]
+        for group, pool in enumerate(self.pools):
+            pool.check_integrity([seq.tables[group][: seq.n_blocks] for seq in holders])
+        if {s.id for s in self.running} != {s.id for s in holders}:
+            raise IntegrityError("the sequences that run are not those that hold blocks")
+        if any(seq.n_computed >= seq.n_tokens or seq.state is not State.RUNNING for seq in self.running):
+            raise IntegrityError("a running sequence has nothing left to compute, or is not marked as running")
+        if self.counters.started != len(self.requests) + sum(self.counters.finished.values()):
+            raise IntegrityError("started requests are not those being served plus those finished")
+        if len(np.unique([s.id for s in (*self.running, *self.waiting)])) != len(self.running) + len(self.waiting):
+            raise IntegrityError("a sequence stands in the queues twice")

@@ -1,0 +1,95 @@
+"""``Seq``: one token sequence being decoded, and the ``Request`` that its siblings share.
+
+    tokens    [ prompt ........... | outputs ...... | room ]
+    computed  [ K and V resident ........ )
+                                 n_computed        n_tokens
+
+What remains to compute is [n_computed, n_tokens): one token while decoding, more while prefilling or after a
+preemption. The last token's logits give the next one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from tenon.engine.blocks import chain_digest
+from tenon.engine.messages import Add
+from tenon.engine.step import I32
+
+
+class State(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Seq:
+    """One sequence of a request: its tokens, its block table per KV group, how far it is computed."""
+
+    def __init__(self, seq_id: int, request: Request, index: int, n_groups: int, block_tokens: int) -> None:
+        room = len(request.add.prompt) + request.add.max_tokens
+        self.id = seq_id
+        self.request = request
+        self.index = index
+        self.tokens: I32 = np.empty(room, np.int32)
+        self.n_prompt = self.n_tokens = len(request.add.prompt)
+        self.tokens[: self.n_prompt] = request.add.prompt
+        self.n_computed = 0
+        self.block_tokens = block_tokens
+        self.tables: list[I32] = [np.zeros(-(-room // block_tokens), np.int32) for _ in range(n_groups)]
+        self.n_blocks = 0
+        self.digests: list[bytes] = []
+        self.n_published = 0
+        self.n_preempted = 0
+        self.pinned = False
+        self.state = State.WAITING
+
+    @property
+    def n_output(self) -> int:
+        return self.n_tokens - self.n_prompt
+
+    @property
+    def n_remaining(self) -> int:
+        return self.n_tokens - self.n_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """All but the newest token is resident, and that one was generated."""
+        return self.n_remaining == 1 and self.n_output > 0
+
+    def append(self, token: int) -> None:
+        self.tokens[self.n_tokens] = token
+        self.n_tokens += 1
+
+    def block_content(self, i: int) -> bytes:
+        """The tokens of position block ``i`` as bytes; defined once it is full."""
+        return self.tokens[i * self.block_tokens : (i + 1) * self.block_tokens].tobytes()
+
+    def digest(self, i: int) -> bytes:
+        """The chained key of position block ``i``; hashed once, however often it is asked for."""
+        while len(self.digests) <= i:
+            parent = self.digests[-1] if self.digests else self.request.root
+            self.digests.append(chain_digest(self.request.secret, parent, self.block_content(len(self.digests))))
+        return self.digests[i]
+
+
+@dataclass(eq=False)
+class Request:
+    """One ``Add`` being served: ``n`` sequences over one prompt."""
+
+    add: Add
+    order: int
+    """Rank of arrival: the smaller one is never preempted for the larger."""
+    secret: bytes
+    root: bytes
+    stop_ids: frozenset[int]
+    seqs: list[Seq] = field(default_factory=list)
+    cached_tokens: int = 0
+    forked: bool = False
+
+    @property
+    def n_unfinished(self) -> int:
+        return sum(seq.state is not State.FINISHED for seq in self.seqs)

@@ -1,0 +1,189 @@
+"""``Step``: one pass of a model over rows of many sequences, as plain arrays without object references.
+
+What the scheduler decides and what an executor, a compiled kernel, a recorder or a simulator reads are these
+bytes (``Step.pack`` / ``Step.unpack``). Rules an executor keeps:
+
+- ``slot`` says where a row's K and V go, ``pos`` what the rotation sees. Per layer, moves come first, then all K and
+  V of the step are written, then rows attend.
+- A chain row (``parent`` -1) at position p sees its sequence's positions <= p through the block table. A tree
+  row sees the positions up to its tree's root (the ancestor with parent -1), its ancestors and itself. A group's
+  window applies to both.
+- Padding rows write to the null block 0.
+
+Lengths: T rows, S spans, R outputs, P rows of the parameter table, B bit masks, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tenon.base.errors import ProtocolError
+
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+U64 = NDArray[np.uint64]
+U32 = NDArray[np.uint32]
+U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
+
+SAMPLE: Final = 1
+SCORE: Final = 2
+HIDDEN: Final = 4
+
+EDIT_ADD: Final = 0
+EDIT_BAN: Final = 1
+EDIT_REPEAT: Final = 2
+"""Edits of one logit: add a value, forbid the token, or the multiplicative repetition penalty."""
+
+
+def _i32(*shape: int) -> I32:
+    return np.zeros(shape, np.int32)
+
+
+@dataclass
+class GroupStep:
+    """One KV group's part: where rows are written and which blocks each span reads."""
+
+    slot: I32
+    """(T,) block * block_tokens + offset."""
+    table_start: I32
+    """(S+1,) CSR over spans into ``table``."""
+    table: I32
+    """Block of each position block of the span's sequence, from position 0."""
+    moves: I32 = field(default_factory=lambda: _i32(0, 2))
+    """(n, 2) slots: copy K and V from the first to the second before anything is written."""
+    transfers: I64 = field(default_factory=lambda: np.zeros((0, 3), np.int64))
+    """(n, 3) block, tier, ticket."""
+
+
+@dataclass
+class Params:
+    """Side table of sampling parameters; one row per sequence that samples in this step."""
+
+    temperature: F32
+    top_k: I32
+    """0: off."""
+    top_p: F32
+    min_p: F32
+    seed: U64
+    sample: I32
+    """Index of the sequence among its request's ``n``."""
+    n_logprobs: I32
+    """-1: none wanted; 0: the chosen token's; k: also the k best."""
+
+
+@dataclass
+class Step:
+    """See the module's docstring. ``bucket_T`` and ``bucket_S`` are the sizes that a backend may pad to."""
+
+    id: int
+    model: str
+    weights_version: int
+    bucket_T: int
+    bucket_S: int
+    n_steps: int
+    seq: I64
+    """(S,) sequence of each span."""
+    q_start: I32
+    """(S+1,) CSR over spans into the rows."""
+    tok: I32
+    """(T,) token ids; -1: what the previous step sampled for this sequence."""
+    pos: I32
+    parent: I32
+    """(T,) row of the parent in a tree; -1: the row continues its sequence's context."""
+    groups: tuple[GroupStep, ...]
+    out_row: I32
+    """(R,) row whose logits are wanted; several outputs may share one (forks)."""
+    out_seq: I64
+    out_position: I32
+    """(R,) index of the token among the sequence's outputs: part of the noise's key."""
+    want: U8
+    """(R,) SAMPLE | SCORE | HIDDEN."""
+    params_index: I32
+    bitmask_index: I32
+    """(R,) row of ``bitmask``; -1: all tokens are allowed."""
+    params: Params
+    bitmask: U32
+    """(B, ceil(V/32)) little-endian bits; 1: allowed."""
+    edit_start: I32
+    """(R+1,) CSR over outputs into the edits."""
+    edit_token: I32
+    edit_kind: U8
+    edit_value: F32
+    score_start: I32
+    """(R+1,) CSR over outputs into ``score_token``: tokens whose log-probabilities are wanted."""
+    score_token: I32
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.tok)
+
+    @property
+    def n_outputs(self) -> int:
+        return len(self.out_row)
+
+    def pack(self) -> bytes:
+        """The step as bytes: equal steps give equal bytes."""
+        return msgspec.msgpack.encode(_to_plain(self))
+
+    @staticmethod
+    def unpack(data: bytes) -> Step:
+        """The inverse of :meth:`pack`. Raises ``ProtocolError`` for anything else."""
+        try:
+            raw = msgspec.msgpack.decode(data)
+            raw["groups"] = tuple(GroupStep(**_arrays(g)) for g in raw["groups"])
+            raw["params"] = Params(**_arrays(raw["params"]))
+            return Step(**_arrays(raw))
+        except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProtocolError(f"these {len(data)} bytes are not a Step: {error}") from error
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        contiguous = np.ascontiguousarray(value)
+        return [contiguous.dtype.str, list(contiguous.shape), contiguous.tobytes()]
+    if isinstance(value, tuple):
+        return [_to_plain(v) for v in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return {f.name: _to_plain(getattr(value, f.name)) for f in fields(value)}
+    return value
+
+
+_DTYPES = frozenset(np.dtype(t).str for t in (np.int32, np.int64, np.uint64, np.uint32, np.uint8, np.float32))
+
+
+def _arrays(raw: dict[str, Any]) -> dict[str, Any]:
+    out = dict(raw)
+    for name, value in raw.items():
+        if isinstance(value, list) and len(value) == 3 and value[0] in _DTYPES:
+            out[name] = np.frombuffer(value[2], dtype=value[0]).reshape(value[1])
+    return out
+
+
+@dataclass
+class StepResult:
+    """What came of a step. Arrays are parallel to the step's outputs.
+
+    ``start_s`` and ``end_s`` are the executor's clock; ``errors`` maps a sequence to what went wrong with it alone.
+    """
+
+    ids: I32
+    """(R,) sampled ids; -1 where none was wanted."""
+    logprobs: F32
+    """(R,) log-probability of the sampled id under the unprocessed logits; NaN where not wanted."""
+    top_ids: I32
+    """(R, k) best ids, k the largest number asked for; -1 pads."""
+    top_logprobs: F32
+    scores: F32
+    """Log-probabilities of ``score_token``."""
+    hidden: F32
+    """(number of HIDDEN outputs, M)."""
+    transfers_done: I64
+    start_s: float
+    end_s: float
+    errors: dict[int, str] = field(default_factory=dict)

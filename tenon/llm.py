@@ -1,0 +1,215 @@
+"""``LLM``: a model in this process, for scripts and notebooks. The engine is the server's own.
+
+from tenon import LLM, SamplingParams
+llm = LLM("embedded")
+for answer in llm.generate(["def add(a, b):"], SamplingParams(temperature=0, max_tokens=32)):
+    print(answer.outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from tenon.base.clock import SYSTEM
+from tenon.base.errors import ContextTooLong, RequestError
+from tenon.engine.build import build_engine
+from tenon.engine.config import EngineConfig
+from tenon.engine.messages import Add
+from tenon.engine.params import SamplingParams
+from tenon.models.generation import read_generation
+from tenon.models.hf_config import read_config
+from tenon.models.hub import resolve
+from tenon.models.template import Renderer, load_templates
+from tenon.models.tokenizer import Detokenizer, load_tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass
+class Output:
+    """One sequence of an answer. ``finish_reason``: "stop" or "length"; ``logprobs`` only where asked for."""
+
+    index: int
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+
+
+@dataclass
+class Answer:
+    """What came of one prompt: ``n`` outputs, and how many prompt tokens were in the cache already."""
+
+    prompt_ids: list[int]
+    outputs: list[Output]
+    seed: int
+    cached_tokens: int = 0
+
+
+class _Stream:
+    """Text of one output as its ids come in, cut at the first stop string."""
+
+    def __init__(self, detokenizer: Detokenizer, output: Output, stop: tuple[str, ...]) -> None:
+        self.detokenizer, self.output, self.stop = detokenizer, output, stop
+
+    def push(self, ids: Sequence[int], *, last: bool) -> bool:
+        """Add ids; True when a stop string ended the text."""
+        before = len(self.output.text)
+        self.output.text += self.detokenizer.push(ids) + (self.detokenizer.flush() if last else "")
+        reach = max((len(s) for s in self.stop), default=1) - 1
+        found = [at for s in self.stop if (at := self.output.text.find(s, max(0, before - reach))) >= 0]
+        if found:
+            self.output.text = self.output.text[: min(found)]
+        return bool(found)
+
+
+class LLM:
+    """Loads ``model`` (a folder, a hub name, or "embedded") and answers lists of prompts.
+
+    Keywords are those of ``EngineConfig``. Raises ``ConfigError`` or ``CheckpointError`` where the model cannot be
+    served. Close it, or use it as a context manager, to release its memory.
+    """
+
+    def __init__(self, model: str = "embedded", *, progress: bool = True, **config: Any) -> None:
+        self.config = EngineConfig(model=model, **config)
+        folder = resolve(model)
+        self.spec = read_config(folder)
+        self.tokenizer = load_tokenizer(folder, self.spec.vocab_size)
+        self.defaults = read_generation(folder, self.spec)
+        self._renderer = Renderer(load_templates(folder), n_workers=1)
+        self._progress = progress
+        with self._bar("loading") as bar:
+            task = bar.add_task(model, total=None)
+            self.engine = build_engine(
+                self.config, lambda name, _, detail: bar.update(task, description=f"{name}: {detail}")
+            )
+        self._n_requests = 0
+
+    def _bar(self, what: str) -> Progress:
+        columns = (TextColumn(f"{what} {{task.description}}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        return Progress(*columns, transient=True, disable=not self._progress)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Answer]:
+        """Continue each prompt (text, or token ids); answers come in the order of the prompts.
+
+        ``params`` None takes the model's own ``generation_config.json``. Raises ``RequestError`` naming the first
+        prompt that cannot be served; then none of them is.
+        """
+        many: list[Prompt] = (
+            [prompts]  # type: ignore[list-item]
+            if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+            else list(prompts)  # type: ignore[arg-type]
+        )
+        params = params or self._defaults()
+        each = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(many):
+            raise RequestError(f"{len(many)} prompts need as many params, got {len(each)}", param="params")
+        ids = [self.tokenizer.encode(p, add_special=True) if isinstance(p, str) else list(p) for p in many]
+        return self._run(ids, each)
+
+    def chat(self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None) -> Answer:
+        """Answer a conversation of ``{"role": ..., "content": ...}`` through the model's chat template."""
+        text = self._renderer.render(messages)
+        params = params or self._defaults()
+        return self._run([self.tokenizer.encode(text, add_special=False)], [params])[0]
+
+    def _defaults(self) -> SamplingParams:
+        given: dict[str, Any] = dict(self.defaults.sampling())
+        return SamplingParams(**given)
+
+    def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Answer]:
+        answers: list[Answer] = []
+        streams: dict[tuple[str, int], _Stream] = {}
+        names: dict[str, Answer] = {}
+        try:
+            for ids, p in zip(prompts, params, strict=True):
+                add = self._add(ids, p)
+                answer = Answer(ids, [Output(i) for i in range(p.n)], add.seed)
+                answers.append(answer)
+                names[add.request_id] = answer
+                for output in answer.outputs:
+                    streams[add.request_id, output.index] = _Stream(Detokenizer(self.tokenizer), output, p.stop)
+                self.engine.add(add)
+        except RequestError:
+            for name in names:
+                self.engine.abort(name)
+            raise
+        try:
+            self._decode(names, streams)
+        except BaseException:
+            self.engine.reset()
+            raise
+        return answers
+
+    def _add(self, ids: list[int], p: SamplingParams) -> Add:
+        limit = self.engine.identity.max_model_len
+        room = limit - len(ids)
+        if room < 1:
+            raise ContextTooLong(len(ids), p.max_tokens or 1, limit)
+        self._n_requests += 1
+        return Add(
+            request_id=f"llm-{self._n_requests}",
+            prompt=tuple(ids),
+            max_tokens=p.max_tokens or room,
+            seed=p.seed % 2**64 if p.seed is not None else secrets.randbits(64),
+            n=p.n,
+            temperature=p.temperature,
+            top_k=max(p.top_k, 0),
+            top_p=p.top_p,
+            min_p=p.min_p,
+            stop_ids=p.stop_token_ids,
+            ignore_eos=p.ignore_eos,
+            n_logprobs=-1 if p.logprobs is None else p.logprobs,
+            arrival_s=SYSTEM.now_s(),
+        )
+
+    def _decode(self, names: dict[str, Answer], streams: dict[tuple[str, int], _Stream]) -> None:
+        n_stopped: dict[str, int] = dict.fromkeys(names, 0)
+        with self._bar("generating") as bar:
+            task = bar.add_task(f"{len(names)} prompts", total=len(streams))
+            begin_s, n_tokens = SYSTEM.now_s(), 0
+            while self.engine.has_work:
+                for delta in self.engine.tick(SYSTEM.now_s()):
+                    stream = streams[delta.request_id, delta.index]
+                    output = stream.output
+                    if output.finish_reason is not None:
+                        continue
+                    if delta.error is not None:
+                        raise RequestError(f"prompt {list(names).index(delta.request_id)} failed: {delta.error}")
+                    n_tokens += len(delta.ids)
+                    output.ids.extend(delta.ids)
+                    output.logprobs.extend(delta.logprobs)
+                    output.top_logprobs.extend(dict(t) for t in delta.top)
+                    names[delta.request_id].cached_tokens = delta.cached_tokens
+                    shown = delta.ids[:-1] if delta.stop_id is not None else delta.ids
+                    stopped = stream.push(shown, last=delta.finish_reason is not None)
+                    output.finish_reason = "stop" if stopped else delta.finish_reason
+                    if output.finish_reason is not None:
+                        bar.advance(task)
+                        n_stopped[delta.request_id] += 1
+                        if n_stopped[delta.request_id] == len(names[delta.request_id].outputs):
+                            self.engine.abort(delta.request_id)
+                rate = n_tokens / max(SYSTEM.now_s() - begin_s, 1e-9)
+                bar.update(task, description=f"{len(names)} prompts, {rate:.0f} tokens/s")
+
+    def close(self) -> None:
+        """Release the weights, the cache and the template's worker."""
+        self._renderer.close()
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,294 @@
+"""The routes. Each is thin: read, check, hand on; every failure leaves through one handler in OpenAI's error shape."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tenon.base.errors import TenonError
+from tenon.server.completions import Answer, Completions
+from tenon.server.failures import Refusal, body_of, headers_of, status_of
+from tenon.server.limits import BodyTooLarge, Limits, error_body, read_body
+from tenon.server.metrics import CONTENT_TYPE
+from tenon.server.protocol import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from tenon.server.service import Service
+
+PAGE: Final = Path(__file__).parent / "page"
+PAGE_FILES: Final = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+}
+PAGE_HEADERS: Final = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+LINGER_S: Final = 1.0
+LOOPBACK_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
+
+
+class Streamed(Response):
+    """Server-sent events as they come. ``on_leave`` is called at once when the client goes."""
+
+    def __init__(self, frames: AsyncIterator[bytes], on_leave: Callable[[], None]) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self.headers["content-type"] = "text/event-stream; charset=utf-8"
+        self._frames = frames
+        self._on_leave = on_leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with _watching(receive, self._on_leave):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for frame in self._frames:
+                if frame:
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _cancel(work: asyncio.Future[Response]) -> None:
+    work.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _watching(receive: Receive, on_leave: Callable[[], None]) -> AsyncIterator[None]:
+    """While inside, a client that leaves is noticed at once; leaving by any error counts as that too."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        on_leave()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except BaseException:
+        on_leave()
+        raise
+    finally:
+        watcher.cancel()
+
+
+class Routes:
+    """The handlers over one service."""
+
+    def __init__(self, service: Service, completions: Completions, limits: Limits) -> None:
+        self._service = service
+        self._completions = completions
+        self._limits = limits
+
+    async def completions(self, request: Request) -> Response:
+        arrival_s = self._service.clock.now_s()
+        body = parse_completion(await self._body(request), self._limits)
+        return await self._answer(request, body, self._completions.complete(body, _request_id(request), arrival_s))
+
+    async def chat(self, request: Request) -> Response:
+        arrival_s = self._service.clock.now_s()
+        body = parse_chat(await self._body(request), self._limits)
+        return await self._answer(request, body, self._completions.chat(body, _request_id(request), arrival_s))
+
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request.receive, request.headers.get("content-length"), self._limits.body_bytes)
+
+    async def _answer(
+        self, request: Request, body: CompletionRequest | ChatRequest, accepting: Awaitable[Answer]
+    ) -> Response:
+        """The answer in the form asked for. A client that leaves while it waits is noticed in every phase."""
+        work = asyncio.ensure_future(self._finish(body, accepting))
+        async with _watching(request.receive, partial(_cancel, work)):
+            await asyncio.wait({work})
+        return Response(status_code=499) if work.cancelled() else work.result()  # 499: nobody is there to read it
+
+    async def _finish(self, body: CompletionRequest | ChatRequest, accepting: Awaitable[Answer]) -> Response:
+        answer = await accepting
+        if body.stream:
+            return Streamed(answer.stream(), answer.job.abort)
+        try:
+            return Json(await answer.whole())
+        except asyncio.CancelledError:
+            answer.job.abort()
+            raise
+
+    async def models(self, request: Request) -> Response:
+        return Json({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self._service.model:
+            raise Refusal(f"the model {name!r} does not exist here", status=404, code="model_not_found", param="model")
+        return Json(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        ready = self._service.ready
+        return {
+            "id": self._service.model,
+            "object": "model",
+            "created": self._service.created,
+            "owned_by": "tenon",
+            "max_model_len": ready.max_model_len if ready is not None else None,
+        }
+
+    async def livez(self, request: Request) -> Response:
+        return Json({"status": "alive"})
+
+    async def readyz(self, request: Request) -> Response:
+        reason, phase = self._service.unready_because(), self._service.phase
+        if reason is None:
+            return Json({"status": "ready"})
+        state = {"status": str(self._service.state), "reason": reason}
+        return Json(
+            state | {"phase": {"name": phase.name, "fraction": phase.fraction, "detail": phase.detail}}, status_code=503
+        )
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._service.exposition(), headers={"content-type": CONTENT_TYPE})
+
+    async def events(self, request: Request) -> Response:
+        hub = self._service.events
+        subscription = hub.subscribe()
+
+        async def frames() -> AsyncIterator[bytes]:
+            try:
+                async for frame in subscription.frames():
+                    yield frame
+            finally:
+                hub.unsubscribe(subscription)
+
+        return Streamed(frames(), subscription.close)
+
+    async def page(self, request: Request) -> Response:
+        name, media_type = PAGE_FILES[request.url.path]
+        content = await asyncio.to_thread((PAGE / name).read_bytes)
+        return Response(content, headers=PAGE_HEADERS | {"content-type": media_type})
+
+    async def failed(self, request: Request, error: Exception) -> Response:
+        """Every failure's answer. A body that is still coming is read a little longer, so that the client, busy
+        sending, gets to see why it was refused."""
+        if isinstance(error, HTTPException):
+            said = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not allowed here"}
+            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+            content: Any = error_body(said.get(error.status_code, error.detail), code=code)
+            status, headers = error.status_code, dict(error.headers or {})
+        elif isinstance(error, TenonError):
+            content, status, headers = body_of(error), status_of(error), headers_of(error)
+        else:
+            content = error_body("the server failed on this request", kind="server_error", code="internal_error")
+            status, headers = 500, {}
+        self._service.metrics.refused.add(1, str(status))
+        if isinstance(error, BodyTooLarge):
+            return _Lingering(content, status_code=status, headers=headers | {"connection": "close"})
+        return Json(content, status_code=status, headers=headers)
+
+
+class _Lingering(Json):
+    """Sends the whole answer, then reads and drops what still comes for a moment: closing a socket with unread data
+    would reset it, and the client might lose the answer."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                    continue
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Doorman:
+    """Before any route: gives each request its id, and keeps other web sites out.
+
+    A page that the user happens to visit must not reach a loopback server through the browser: an ``Origin`` must be
+    the server's own, and, bound to loopback, ``Host`` must name loopback (against DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, *, loopback_only: bool) -> None:
+        self._app = app
+        self._loopback_only = loopback_only
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+        scope["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        refusal = self._refusal(headers)
+        if refusal is None:
+            await self._app(scope, receive, send_with_id)
+        else:
+            await Json(body_of(refusal), status_code=status_of(refusal))(scope, receive, send_with_id)
+
+    def _refusal(self, headers: Headers) -> Refusal | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self._loopback_only and _host_name(host) not in LOOPBACK_HOSTS:
+            return Refusal(f"this server answers on loopback only, not as {host!r}", status=403, code="wrong_host")
+        if origin is not None and origin.partition("://")[2] != host:
+            return Refusal(f"requests from pages of {origin!r} are not taken", status=403, code="wrong_origin")
+        return None
+
+
+def _host_name(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower()
+
+
+def _request_id(request: Request) -> str:
+    """The client's id, made unique: a client may repeat itself, the engine's ids may not."""
+    return f"{request.scope['request_id']}-{secrets.token_hex(4)}"
+
+
+def build_app(service: Service, completions: Completions, *, loopback_only: bool) -> Starlette:
+    """The ASGI application."""
+    routes = Routes(service, completions, service.limits)
+    get, post = ["GET"], ["POST"]
+    return Starlette(
+        routes=[
+            Route("/v1/models", routes.models, methods=get),
+            Route("/v1/models/{name:path}", routes.model, methods=get),
+            Route("/v1/completions", routes.completions, methods=post),
+            Route("/v1/chat/completions", routes.chat, methods=post),
+            Route("/livez", routes.livez, methods=get),
+            Route("/health", routes.livez, methods=get),
+            Route("/readyz", routes.readyz, methods=get),
+            Route("/metrics", routes.metrics, methods=get),
+            Route("/events", routes.events, methods=get),
+            *(Route(path, routes.page, methods=get) for path in PAGE_FILES),
+        ],
+        middleware=[Middleware(Doorman, loopback_only=loopback_only)],
+        exception_handlers={HTTPException: routes.failed, TenonError: routes.failed, Exception: routes.failed},
+    )

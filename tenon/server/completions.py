@@ -1,0 +1,234 @@
+"""From a validated request to an answer: ids, admission, then the stream or the whole.
+
+Nothing is sent before the engine has accepted every prompt, so what is wrong with a request is always told by the
+HTTP status; what goes wrong later in a stream is one error event without ``[DONE]``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from tenon.base.errors import ContextTooLong, RequestError, TenonError
+from tenon.engine.messages import Add
+from tenon.engine.params import SamplingParams
+from tenon.server.failures import Refusal, body_of
+from tenon.server.model_text import ModelText
+from tenon.server.protocol import ChatRequest, CompletionRequest, StreamOptions, check_work, sampling_params
+from tenon.server.responses import (
+    DONE,
+    ChatFace,
+    Collected,
+    CompletionFace,
+    Face,
+    Head,
+    Json,
+    Usage,
+    sse,
+    stream_chunk,
+)
+from tenon.server.service import Job, Service
+from tenon.server.text import OutputText, Piece
+
+COMPLETION_MAX_TOKENS: Final = 16
+"""OpenAI's default for ``/v1/completions``; a chat answer may fill the context."""
+INLINE_CHARS: Final = 4096
+"""Texts up to this size are tokenised on the event loop; longer ones in a thread."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An accepted request: its job, and how its outputs are told."""
+
+    job: Job
+    face: Face
+    outputs: list[OutputText]
+    n_prompt: int
+    options: StreamOptions
+
+    def usage(self) -> Usage:
+        return Usage(self.n_prompt, sum(output.n_tokens for output in self.outputs), self.job.cached_tokens)
+
+    async def whole(self) -> Json:
+        """The answer in one piece. Raises what the request failed with."""
+        collected = [Collected() for _ in self.outputs]
+        async for choice, piece in self._pieces():
+            collected[choice].add(piece)
+        choices = [self.face.choice(i, each) for i, each in enumerate(collected)]
+        return self.face.wrap(choices, chunk=False) | {"usage": self.usage().to_json()}
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Server-sent events; one terminal: ``[DONE]`` or an error event."""
+        usage = self._chunk_usage if self.options.include_usage or self.options.continuous_usage_stats else None
+        openings = [self.face.opening(choice) for choice in range(len(self.outputs))]
+        yield b"".join(stream_chunk(self.face, opening, usage) for opening in openings if opening is not None)
+        try:
+            async for choice, piece in self._pieces():
+                if piece.text or piece.logprobs:
+                    yield stream_chunk(self.face, self.face.content(choice, piece), usage)
+                if piece.finish_reason is not None:
+                    yield stream_chunk(self.face, self.face.finish(choice, piece.finish_reason), usage)
+        except TenonError as error:
+            yield sse(body_of(error))
+            return
+        if self.options.include_usage:
+            yield sse(self.face.wrap([], chunk=True) | {"usage": self.usage().to_json()})
+        yield DONE
+
+    def _chunk_usage(self) -> Json | None:
+        return self.usage().to_json() if self.options.continuous_usage_stats else None
+
+    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        while batch := await self.job.batch():
+            for choice, delta in batch:
+                output = self.outputs[choice]
+                if output.finished:
+                    continue
+                piece = output.push(delta)
+                if output.finished:
+                    self.job.close_choice(choice)
+                yield choice, piece
+
+
+class Completions:
+    """Both endpoints over one model."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.model_text: ModelText | None = None
+
+    async def complete(self, request: CompletionRequest, request_id: str, arrival_s: float) -> Answer:
+        """``/v1/completions`` up to the engine's acceptance. Raises ``RequestError``."""
+        text = self._require_model(request)
+        params = self._params(request, text)
+        if request.echo and request.logprobs is not None:
+            raise RequestError(
+                "echo with logprobs is not supported by this server yet", param="echo", code="unsupported"
+            )
+        prompts = [await _ids(text, p, special=True) if isinstance(p, str) else p for p in request.prompts]
+        echo = [p if isinstance(p, str) else text.decode(p) for p in request.prompts] if request.echo else []
+        max_tokens = params.max_tokens or text.generation.max_new_tokens or COMPLETION_MAX_TOKENS
+        stop_ids = _stop_ids(params, text)
+        try:
+            adds = [
+                self._add(prompt, params, max_tokens, stop_ids, f"{request_id}/{i}", arrival_s)
+                for i, prompt in enumerate(prompts)
+            ]
+        except ContextTooLong as error:
+            error.param = "prompt"  # it names chat's field otherwise
+            raise
+        if request.seed is None:
+            adds = [add if i == 0 else msgspec.structs.replace(add, seed=_draw_seed()) for i, add in enumerate(adds)]
+        face = CompletionFace(
+            self._head("cmpl", request_id), text, logprobs=request.logprobs is not None, n=params.n, echo=echo
+        )
+        return await self._submit(adds, params, text, face, request.stream_options)
+
+    async def chat(self, request: ChatRequest, request_id: str, arrival_s: float) -> Answer:
+        """``/v1/chat/completions`` up to the engine's acceptance. Raises ``RequestError``."""
+        text = self._require_model(request)
+        params = self._params(request, text)
+        rendered = await text.render([message.flat(i) for i, message in enumerate(request.messages)])
+        prompt = await _ids(text, rendered, special=False)
+        room = self._service.require_ready().max_model_len - len(prompt)
+        max_tokens = params.max_tokens or max(1, min(text.generation.max_new_tokens or room, room))
+        face = ChatFace(self._head("chatcmpl", request_id), text, logprobs=bool(request.logprobs))
+        add = self._add(prompt, params, max_tokens, _stop_ids(params, text), f"{request_id}/0", arrival_s)
+        return await self._submit([add], params, text, face, request.stream_options)
+
+    def _require_model(self, request: CompletionRequest | ChatRequest) -> ModelText:
+        if request.model != self._service.model:
+            raise Refusal(
+                f"the model {request.model!r} does not exist here; this server serves {self._service.model!r}",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+        self._service.require_ready()
+        if self.model_text is None:
+            raise Refusal("the tokenizer is still loading", status=503, code="model_loading", retry_after_s=1.0)
+        return self.model_text
+
+    def _params(self, request: CompletionRequest | ChatRequest, text: ModelText) -> SamplingParams:
+        if request.stream_options is not None and not request.stream:
+            raise RequestError("stream_options needs stream: true", param="stream_options", code="invalid_value")
+        return sampling_params(request, defaults=text.generation.sampling(), seed=_draw_seed())
+
+    def _add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        max_tokens: int,
+        stop_ids: tuple[int, ...],
+        request_id: str,
+        arrival_s: float,
+    ) -> Add:
+        """The engine's message for one prompt. Raises ``RequestError`` for ids or lengths that no model state fits."""
+        ready = self._service.require_ready()
+        if not prompt:
+            raise RequestError(
+                "the prompt has no tokens; it must have at least one", param="prompt", code="invalid_value"
+            )
+        bad = next((token for token in prompt if not 0 <= token < ready.vocab_size), None)
+        if bad is not None:
+            raise RequestError(
+                f"token id {bad} is outside the vocabulary of {ready.vocab_size}", param="prompt", code="invalid_value"
+            )
+        if len(prompt) + max_tokens > ready.max_model_len:
+            raise ContextTooLong(len(prompt), max_tokens, ready.max_model_len)
+        return Add(
+            request_id=request_id,
+            prompt=tuple(prompt),
+            max_tokens=max_tokens,
+            seed=(params.seed or 0) % 2**64,
+            n=params.n,
+            temperature=params.temperature,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            min_p=params.min_p,
+            stop_ids=stop_ids,
+            ignore_eos=params.ignore_eos,
+            n_logprobs=-1 if params.logprobs is None else params.logprobs,
+            arrival_s=arrival_s,
+        )
+
+    async def _submit(
+        self,
+        adds: Sequence[Add],
+        params: SamplingParams,
+        text: ModelText,
+        face: Face,
+        options: StreamOptions | None,
+    ) -> Answer:
+        check_work(len(adds), params, max(add.max_tokens for add in adds), self._service.limits)
+        job = self._service.submit(adds)
+        try:
+            await job.accepted()
+        except asyncio.CancelledError:
+            job.abort()
+            raise
+        outputs = [OutputText(text.detokenizer(add.prompt), params.stop) for add in adds for _ in range(add.n)]
+        return Answer(job, face, outputs, sum(len(add.prompt) for add in adds), options or StreamOptions())
+
+    def _head(self, kind: str, request_id: str) -> Head:
+        return Head(f"{kind}-{request_id}", int(self._service.clock.wall_s()), self._service.model)
+
+
+async def _ids(text: ModelText, prompt: str, *, special: bool) -> list[int]:
+    if len(prompt) <= INLINE_CHARS:
+        return text.encode(prompt, special=special)
+    return await asyncio.to_thread(text.encode, prompt, special=special)
+
+
+def _stop_ids(params: SamplingParams, text: ModelText) -> tuple[int, ...]:
+    """What the request names, and the ends that the model's makers name beyond those the engine knows."""
+    return params.stop_token_ids if params.ignore_eos else params.stop_token_ids + text.generation.eos_ids
+
+
+def _draw_seed() -> int:
+    return secrets.randbits(63)

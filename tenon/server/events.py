@@ -1,0 +1,113 @@
+"""What the page and other tools watch: versioned events, to every subscriber through a bounded queue of its own.
+
+An event is one JSON object with ``v``, ``kind`` and ``at_s`` (wall seconds) and the fields of its kind:
+
+    state     state, reason, model, max_model_len            whenever the server's state changes
+    phase     name, fraction, detail                         while starting
+    stats     the engine's Stats, and the HTTP side's        4 to 10 times a second while anything changes
+    started   request_id, n_prompt, n                        a request was accepted
+    first     request_id, ttft_s
+    finished  request_id, reason, n_output, e2e_s
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from tenon.base.clock import Clock
+from tenon.base.errors import ResourceError
+from tenon.base.records import RecordWriter
+
+_log = logging.getLogger("tenon.server")
+
+VERSION: Final = 1
+HEARTBEAT_S: Final = 15.0
+
+
+class Subscription:
+    """One reader's queue. A reader that falls behind is closed: it reconnects and gets the present state."""
+
+    def __init__(self, bound: int) -> None:
+        self._bound = bound
+        self._queue: deque[bytes] = deque()
+        self._wake = asyncio.Event()
+        self.closed = False
+
+    def put(self, event: bytes) -> None:
+        if len(self._queue) >= self._bound:
+            self.close()
+        if not self.closed:
+            self._queue.append(event)
+            self._wake.set()
+
+    def close(self) -> None:
+        self.closed = True
+        self._wake.set()
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """Server-sent events until closed; a comment now and then, so that proxies and clients see life."""
+        while True:
+            while self._queue:
+                yield b"data: " + self._queue.popleft() + b"\n\n"
+            if self.closed:
+                return
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), HEARTBEAT_S)
+            except TimeoutError:
+                yield b": alive\n\n"
+
+
+class EventHub:
+    """Publishes to all subscriptions and, where a recorder is given, to a run's ``events.jsonl``."""
+
+    def __init__(self, clock: Clock, *, bound: int, record_folder: Path | None = None) -> None:
+        self._clock = clock
+        self._bound = bound
+        self._subscriptions: set[Subscription] = set()
+        self._latest: dict[str, bytes] = {}
+        self._recorder = RecordWriter(record_folder, clock=clock) if record_folder is not None else None
+
+    def publish(self, kind: str, **fields: Any) -> None:
+        event = {"v": VERSION, "kind": kind, "at_s": round(self._clock.wall_s(), 3), **fields}
+        encoded = msgspec.json.encode(event)
+        if kind in ("state", "phase", "stats"):
+            self._latest[kind] = encoded
+        for subscription in self._subscriptions:
+            subscription.put(encoded)
+        if self._recorder is not None:
+            self._record(self._recorder, kind, fields)
+
+    def _record(self, recorder: RecordWriter, kind: str, fields: dict[str, Any]) -> None:
+        """A full disk ends the recording, not the service; the reason goes to the log."""
+        try:
+            recorder.write(kind, **fields)
+        except ResourceError as error:
+            _log.error("recording stops: %s", error)
+            recorder.close()
+            self._recorder = None
+
+    def subscribe(self) -> Subscription:
+        """A queue that begins with the latest of each kind of state, so that a new reader knows where things stand."""
+        subscription = Subscription(self._bound)
+        for encoded in self._latest.values():
+            subscription.put(encoded)
+        self._subscriptions.add(subscription)
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        self._subscriptions.discard(subscription)
+
+    def close(self) -> None:
+        for subscription in self._subscriptions:
+            subscription.close()
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None

@@ -1,0 +1,68 @@
+"""The text side of a model, for the HTTP process: tokenizer, chat template, the model's own sampling defaults."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tenon.models.generation import GenerationDefaults, read_generation
+from tenon.models.hf_config import read_config
+from tenon.models.template import Renderer, load_templates
+from tenon.models.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+
+_log = logging.getLogger("tenon.server")
+
+
+@dataclass(frozen=True)
+class ModelText:
+    """``generation``: what the model's makers recommend, used where a request says nothing."""
+
+    tokenizer: Tokenizer
+    renderer: Renderer
+    generation: GenerationDefaults
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Ids of a text; ``special`` adds what the model wants around a plain one. Raises ``RequestError``."""
+        return self.tokenizer.encode(text, add_special=special)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a prompt given as ids."""
+        return self.tokenizer.decode(ids)
+
+    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+        """An incremental decoder for what follows ``prompt``."""
+        return Detokenizer(self.tokenizer, at_start=not prompt)
+
+    def token_text(self, token: int) -> str:
+        """A token's name in log-probabilities: its text or, where its bytes are none, those, so that names differ."""
+        found = self.tokenizer.token_bytes(token)
+        try:
+            return found.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The token's exact bytes."""
+        return self.tokenizer.token_bytes(token)
+
+    async def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """The chat as one text that ends where the answer begins. Raises ``RequestError``."""
+        return await self.renderer.render_async(messages)
+
+    def close(self) -> None:
+        """End the processes that render."""
+        self.renderer.close()
+
+
+def load_model_text(folder: Path) -> ModelText:
+    """Reads ``folder``. Raises ``CheckpointError`` naming the file that is damaged or missing."""
+    spec = read_config(folder)
+    tokenizer = load_tokenizer(folder, spec.vocab_size)
+    generation = read_generation(folder, spec)
+    for warning in generation.warnings:
+        _log.warning("%s", warning)
+    renderer = Renderer(load_templates(folder))
+    renderer.check()
+    return ModelText(tokenizer, renderer, generation)

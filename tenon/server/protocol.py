@@ -1,0 +1,291 @@
+"""What clients send: the bodies of ``/v1/completions`` and ``/v1/chat/completions``, decoded and checked.
+
+Nothing is ignored in silence. A field that nobody knows is refused by name; a field of the OpenAI API that Tenon does
+not implement yet is accepted at the value that asks for nothing and refused at any other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+
+from tenon.base.errors import RequestError
+from tenon.engine.params import SamplingParams
+from tenon.server.limits import Limits
+
+NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "logit_bias": (None, {}),
+    "response_format": (None, {"type": "text"}),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "parallel_tool_calls": (None, True, False),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "best_of": (None, 1),
+    "suffix": (None, ""),
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None, "medium"),
+    "web_search_options": (None,),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "metadata": (None, {}),
+    "prompt_cache_key": (None,),
+    "prompt_cache_retention": (None,),
+    "safety_identifier": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "priority": (None, 0),
+}
+"""Fields of the API that are not implemented, with the values that ask for nothing."""
+
+_MESSAGE_NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
+    "tool_calls": (None, []),
+    "tool_call_id": (None,),
+    "function_call": (None,),
+    "refusal": (None,),
+    "audio": (None,),
+    "annotations": (None, []),
+    "reasoning_content": (None, ""),
+    "reasoning": (None, ""),
+}
+
+ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+    """Accepted: asks for padding against traffic analysis; a loopback server adds none."""
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fields that both endpoints share."""
+
+    model: str
+    max_tokens: int | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+
+class CompletionRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``prompt``: a text, several texts, token ids, or several lists of token ids."""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry per prompt. Raises ``RequestError`` for a mixture or an empty list."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        kinds = {type(item) for item in self.prompt}
+        if kinds == {int}:
+            return [[item for item in self.prompt if isinstance(item, int)]]
+        if kinds == {str} or kinds == {list}:
+            return [item for item in self.prompt if not isinstance(item, int)]
+        raise RequestError(
+            "prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids, "
+            + ("got an empty list" if not kinds else "got a mixture"),
+            param="prompt",
+            code="invalid_value",
+        )
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+
+    def flat(self, index: int) -> dict[str, str]:
+        """What a template sees. Raises ``RequestError`` for a part that is not text."""
+        where = f"messages[{index}].content"
+        if self.content is None and self.role != "assistant":
+            raise RequestError(f"{where} is missing", param=where, code="invalid_value")
+        parts = [{"type": "text", "text": self.content or ""}] if not isinstance(self.content, list) else self.content
+        for part in parts:
+            if part.get("type") != "text":
+                raise RequestError(
+                    f"{where} has a part of type {part.get('type')!r}; this model takes parts of type 'text' only",
+                    param=where,
+                    code="unsupported_content",
+                )
+            if not isinstance(part.get("text"), str) or part.keys() != {"type", "text"}:
+                raise RequestError(
+                    f"{where} has a part that is not {{'type': 'text', 'text': string}}",
+                    param=where,
+                    code="invalid_value",
+                )
+        flat = {"role": ROLES[self.role], "content": "".join(part["text"] for part in parts)}
+        return flat | ({"name": self.name} if self.name is not None else {})
+
+
+class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
+    """Raises ``RequestError`` naming the field."""
+    raw = _object(body)
+    prompt = raw.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) and len(prompt) > limits.max_prompts:
+        raise _too_many("prompt", len(prompt), limits.max_prompts)
+    return _convert(raw, CompletionRequest)
+
+
+def parse_chat(body: bytes, limits: Limits) -> ChatRequest:
+    """Raises ``RequestError`` naming the field."""
+    raw = _object(body)
+    messages = raw.get("messages")
+    if isinstance(messages, list):
+        if len(messages) > limits.max_messages:
+            raise _too_many("messages", len(messages), limits.max_messages)
+        if not messages:
+            raise RequestError("messages must hold at least one message", param="messages", code="invalid_value")
+        raw["messages"] = [
+            _without_not_yet(m, _MESSAGE_NOT_YET, f"messages[{i}].") if isinstance(m, dict) else m
+            for i, m in enumerate(messages)
+        ]
+    request = _convert(raw, ChatRequest)
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        if request.max_tokens != request.max_completion_tokens:
+            raise RequestError(
+                "max_tokens and max_completion_tokens differ; give one of them",
+                param="max_completion_tokens",
+                code="invalid_value",
+            )
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+    return request
+
+
+def sampling_params(
+    request: CompletionRequest | ChatRequest, *, defaults: dict[str, float | int], seed: int
+) -> SamplingParams:
+    """The request's wishes over the model's own defaults over Tenon's. ``seed`` is used where none is given.
+
+    ``max_tokens`` stays ``None`` where the request has none. Raises ``RequestError`` naming the field.
+    """
+    if isinstance(request, ChatRequest):
+        name = "max_completion_tokens" if request.max_completion_tokens is not None else "max_tokens"
+        max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    else:
+        name, max_tokens, logprobs = "max_tokens", request.max_tokens, request.logprobs
+    wishes: dict[str, Any] = dict(defaults)
+    for field in ("temperature", "top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "ignore_eos"):
+        value = getattr(request, field)
+        if value is not None:
+            wishes[field] = value
+    wishes.update(max_tokens=max_tokens, logprobs=logprobs, seed=seed if request.seed is None else request.seed)
+    try:
+        return SamplingParams(**wishes)
+    except RequestError as error:
+        if error.param == "max_tokens" and name != "max_tokens":
+            raise RequestError(str(error).replace("max_tokens", name, 1), param=name, code=error.code) from error
+        if error.param == "logprobs" and isinstance(request, ChatRequest):
+            raise RequestError("top_" + str(error), param="top_logprobs", code=error.code) from error
+        raise
+
+
+def check_work(n_prompts: int, params: SamplingParams, max_tokens: int, limits: Limits) -> None:
+    """Each factor may be fine and the product not. Raises ``RequestError``."""
+    n_sequences = n_prompts * params.n
+    if n_sequences > limits.max_sequences:
+        raise RequestError(
+            f"{n_prompts} prompts x n={params.n} make {n_sequences} sequences; the limit is {limits.max_sequences}",
+            param="n",
+            code="too_much_work",
+        )
+    work = n_sequences * max_tokens * (1 + (params.logprobs or 0))
+    if work > limits.max_work:
+        raise RequestError(
+            f"prompts x n x max_tokens x (1 + logprobs) is {work}; the limit is {limits.max_work}",
+            param="max_tokens",
+            code="too_much_work",
+        )
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        raw = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(raw, dict):
+        raise RequestError("the body must be a JSON object", code="invalid_json")
+    return _without_not_yet(raw, NOT_YET, "")
+
+
+def _without_not_yet(raw: dict[str, Any], table: dict[str, tuple[Any, ...]], prefix: str) -> dict[str, Any]:
+    for name in raw.keys() & table.keys():
+        if not any(_same(raw[name], neutral) for neutral in table[name]):
+            raise RequestError(
+                f"{prefix}{name} is not supported by this server yet; leave it out",
+                param=prefix + name,
+                code="unsupported",
+            )
+    return {name: value for name, value in raw.items() if name not in table}
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equality under which ``true`` is not 1."""
+    return value is neutral or (value == neutral and not isinstance(value, bool))
+
+
+_Request = TypeVar("_Request", CompletionRequest, ChatRequest)
+
+_PATH = re.compile(r" - at `\$\.?([^`]*)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
+_MISSING = re.compile(r"Object missing required field `([^`]*)`")
+
+
+def _convert(raw: dict[str, Any], kind: type[_Request]) -> _Request:
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise _explained(str(error), kind) from error
+
+
+def _explained(said: str, kind: type[msgspec.Struct]) -> RequestError:
+    place = _PATH.search(said)
+    path = place.group(1) if place else ""
+    said = _PATH.sub("", said)
+    if unknown := _UNKNOWN.search(said):
+        name = unknown.group(1)
+        near = difflib.get_close_matches(name, kind.__struct_fields__, n=1)
+        hint = f"; did you mean {near[0]}?" if near and not path else ""
+        full = f"{path}.{name}" if path else name
+        return RequestError(f"unknown parameter {full}{hint}", param=full, code="unknown_parameter")
+    if missing := _MISSING.search(said):
+        full = f"{path}.{missing.group(1)}" if path else missing.group(1)
+        return RequestError(f"{full} is missing", param=full, code="missing_parameter")
+    return RequestError(f"{path or 'the body'} is wrong: {said[:1].lower()}{said[1:]}", param=path, code="invalid_type")
+
+
+def _too_many(name: str, count: int, limit: int) -> RequestError:
+    return RequestError(f"{name} has {count} entries; the limit is {limit}", param=name, code="too_much_work")

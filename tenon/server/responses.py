@@ -1,0 +1,202 @@
+"""What clients get: chunks and whole answers of both endpoints, in OpenAI's shapes.
+
+A *face* turns pieces of text into one endpoint's objects; the loops that stream or collect know no endpoint. Order
+of a stream: an opening chunk per choice (chat: its role), contents, a chunk with ``finish_reason`` per choice, then
+``choices: []`` with usage where asked for, then ``[DONE]``. After an error event nothing follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from tenon.server.text import Piece, TokenLogprob
+
+Json = dict[str, Any]
+DONE: Final = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one HTTP request, over all its prompts and choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    def to_json(self) -> Json:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass
+class Collected:
+    """A choice as it comes together for an answer in one piece."""
+
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.text.append(piece.text)
+        self.logprobs.extend(piece.logprobs)
+        self.finish_reason = piece.finish_reason or self.finish_reason
+
+
+@dataclass(frozen=True)
+class Head:
+    """What every object of one response repeats."""
+
+    id: str
+    created: int
+    model: str
+
+
+class TokenTexts(Protocol):
+    """Names tokens in log-probabilities."""
+
+    def token_text(self, token: int) -> str: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+class Face(Protocol):
+    """One endpoint's objects."""
+
+    def opening(self, choice: int) -> Json | None:
+        """The choice's first chunk, before any token."""
+        ...
+
+    def content(self, choice: int, piece: Piece) -> Json: ...
+
+    def finish(self, choice: int, reason: str) -> Json: ...
+
+    def choice(self, choice: int, collected: Collected) -> Json:
+        """The whole choice for an answer in one piece."""
+        ...
+
+    def wrap(self, choices: list[Json], *, chunk: bool) -> Json: ...
+
+
+class ChatFace:
+    """``chat.completion`` and its chunks."""
+
+    def __init__(self, head: Head, texts: TokenTexts, *, logprobs: bool) -> None:
+        self._head, self._texts, self._logprobs = head, texts, logprobs
+
+    def opening(self, choice: int) -> Json | None:
+        return self._chunk(choice, {"role": "assistant", "content": ""})
+
+    def content(self, choice: int, piece: Piece) -> Json:
+        return self._chunk(choice, {"content": piece.text}, logprobs=piece.logprobs)
+
+    def finish(self, choice: int, reason: str) -> Json:
+        return self._chunk(choice, {}, reason=reason)
+
+    def choice(self, choice: int, collected: Collected) -> Json:
+        return {
+            "index": choice,
+            "message": {"role": "assistant", "content": "".join(collected.text), "refusal": None},
+            "logprobs": self._logprobs_json(collected.logprobs) if self._logprobs else None,
+            "finish_reason": collected.finish_reason,
+        }
+
+    def wrap(self, choices: list[Json], *, chunk: bool) -> Json:
+        kind = "chat.completion.chunk" if chunk else "chat.completion"
+        return _wrap(self._head, kind, choices)
+
+    def _chunk(
+        self, choice: int, delta: Json, *, logprobs: Sequence[TokenLogprob] = (), reason: str | None = None
+    ) -> Json:
+        return {
+            "index": choice,
+            "delta": delta,
+            "logprobs": self._logprobs_json(logprobs) if logprobs else None,
+            "finish_reason": reason,
+        }
+
+    def _logprobs_json(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        return {
+            "content": [
+                self._token(entry.id, entry.logprob) | {"top_logprobs": [self._token(i, lp) for i, lp in entry.top]}
+                for entry in logprobs
+            ],
+            "refusal": None,
+        }
+
+    def _token(self, token: int, logprob: float) -> Json:
+        return {
+            "token": self._texts.token_text(token),
+            "logprob": logprob,
+            "bytes": list(self._texts.token_bytes(token)),
+        }
+
+
+class CompletionFace:
+    """``text_completion``, whole and in chunks. ``echo``: per prompt, the text that comes before its outputs."""
+
+    def __init__(self, head: Head, texts: TokenTexts, *, logprobs: bool, n: int, echo: Sequence[str] = ()) -> None:
+        self._head, self._texts, self._logprobs, self._n, self._echo = head, texts, logprobs, n, echo
+
+    def opening(self, choice: int) -> Json | None:
+        echo = self._echoed(choice)
+        return self._choice(choice, echo, (), None) if echo else None
+
+    def content(self, choice: int, piece: Piece) -> Json:
+        return self._choice(choice, piece.text, piece.logprobs, None)
+
+    def finish(self, choice: int, reason: str) -> Json:
+        return self._choice(choice, "", (), reason)
+
+    def choice(self, choice: int, collected: Collected) -> Json:
+        text = self._echoed(choice) + "".join(collected.text)
+        return self._choice(choice, text, collected.logprobs, collected.finish_reason, whole=True)
+
+    def wrap(self, choices: list[Json], *, chunk: bool) -> Json:
+        return _wrap(self._head, "text_completion", choices)
+
+    def _echoed(self, choice: int) -> str:
+        return self._echo[choice // self._n] if self._echo else ""
+
+    def _choice(
+        self, choice: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None, *, whole: bool = False
+    ) -> Json:
+        wanted = self._logprobs and (whole or bool(logprobs))
+        return {
+            "index": choice,
+            "text": text,
+            "logprobs": self._logprobs_json(choice, logprobs) if wanted else None,
+            "finish_reason": reason,
+        }
+
+    def _logprobs_json(self, choice: int, logprobs: Sequence[TokenLogprob]) -> Json:
+        name = self._texts.token_text
+        start = len(self._echoed(choice))
+        return {
+            "tokens": [name(entry.id) for entry in logprobs],
+            "token_logprobs": [entry.logprob for entry in logprobs],
+            "top_logprobs": [{name(i): lp for i, lp in (*entry.top, (entry.id, entry.logprob))} for entry in logprobs],
+            "text_offset": [start + entry.offset for entry in logprobs],
+        }
+
+
+def sse(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def stream_chunk(face: Face, choice: Json, usage: Callable[[], Json | None] | None) -> bytes:
+    """One chunk; ``usage`` gives its usage field, ``None`` where the client asked for none at all."""
+    chunk = face.wrap([choice], chunk=True)
+    return sse(chunk if usage is None else chunk | {"usage": usage()})
+
+
+def _wrap(head: Head, kind: str, choices: list[Json]) -> Json:
+    return {"id": head.id, "object": kind, "created": head.created, "model": head.model, "choices": choices}

@@ -1,0 +1,241 @@
+"""One server from start to end: socket, engine process, signals, drain.
+
+loading --> ready --> draining --> exit 0          SIGTERM or SIGINT; a second one exits at once
+   |          |
+   +----------+--> dead --> exit 1                 the engine ended: every request in flight is told first
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, Protocol
+
+import uvicorn
+
+from tenon.base.clock import SYSTEM
+from tenon.base.errors import ConfigError, ResourceError, TenonError
+from tenon.engine import messages as m
+from tenon.engine.config import EngineConfig
+from tenon.models.hub import resolve
+from tenon.server.app import build_app
+from tenon.server.completions import Completions
+from tenon.server.engine_link import EngineLink
+from tenon.server.events import EventHub
+from tenon.server.failures import Refusal
+from tenon.server.limits import Limits, guarded_protocol
+from tenon.server.model_text import load_model_text
+from tenon.server.service import Service
+
+LAST_WORDS_S: Final = 2.0
+"""How long answers to broken or cut requests may take to leave."""
+
+_log = logging.getLogger("tenon.server")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """One server. ``allow_remote`` must be said to listen beyond loopback, for there are no keys: whoever reaches the
+    port may use the model. Raises ``ConfigError`` naming the field.
+    """
+
+    engine: EngineConfig
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allow_remote: bool = False
+    served_name: str | None = None
+    drain_s: float = 30.0
+    record_folder: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be from 0 (any free one) to 65535, got {self.port}", subject="port")
+        if self.drain_s < 0:
+            raise ConfigError(f"drain_s must be at least 0, got {self.drain_s}", subject="drain_s")
+        if not self.allow_remote and not is_loopback(self.host):
+            raise ConfigError(
+                f"host {self.host} is reachable from other machines and there are no keys: whoever reaches the port "
+                f"can use the model; add --allow-remote if that is meant",
+                subject="host",
+            )
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        if self.served_name is not None:
+            return self.served_name
+        path = Path(self.engine.model).expanduser()
+        return path.resolve().name if path.is_dir() else self.engine.model
+
+
+class Console(Protocol):
+    """Where a person watches the server start and end."""
+
+    def phase(self, name: str, fraction: float, detail: str) -> None: ...
+
+    def ready(self, url: str, model: str, ready: m.Ready) -> None: ...
+
+    def draining(self, n_running: int, drain_s: float) -> None: ...
+
+    def failed(self, message: str, trace: str) -> None: ...
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; a name counts as loopback if it is ``localhost``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ``ResourceError`` saying what is in the way."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(2048)
+    except OSError as error:
+        sock.close()
+        if isinstance(error, socket.gaierror):
+            raise ResourceError(f"host {host!r} is no address of this machine", subject="host") from error
+        reason = "is taken" if error.errno == 98 else f"cannot be used ({error.strerror})"
+        raise ResourceError(f"port {port} on {host} {reason}; choose another with --port", subject="port") from error
+    return sock
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handling: draining is decided here."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """The parts of one running server and the order in which they start and end."""
+
+    def __init__(self, config: ServeConfig, console: Console) -> None:
+        self._config = config
+        self._console = console
+        folder = None
+        if config.record_folder is not None:
+            folder = config.record_folder / f"serve-{int(SYSTEM.wall_s())}-{os.getpid()}"
+        self._events = EventHub(SYSTEM, bound=config.limits.queued_events, record_folder=folder)
+        self._service = Service(model=config.model_name, limits=config.limits, clock=SYSTEM, events=self._events)
+        self._completions = Completions(self._service)
+        self._link: EngineLink | None = None
+        self._stop = asyncio.Event()
+        self._death: tuple[str, str] | None = None
+        app = build_app(self._service, self._completions, loopback_only=is_loopback(config.host))
+        self._http = _HttpServer(
+            uvicorn.Config(
+                app, http=guarded_protocol(config.limits), ws="none", lifespan="off", log_config=None, access_log=False,
+                server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=int(LAST_WORDS_S),
+                limit_concurrency=config.limits.max_connections,
+            )
+        )  # fmt: skip
+
+    async def run(self, sock: socket.socket) -> int:
+        """Serve until told to stop or the engine ends; the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        serving = asyncio.create_task(self._http.serve(sockets=[sock]))
+        loading = asyncio.create_task(self._load(_url(self._config.host, sock)))
+        try:
+            await self._stop.wait()
+            if self._death is None:
+                await self._drain()
+        finally:
+            loading.cancel()
+            self._service.close()
+            self._http.should_exit = True
+            await serving
+            if self._link is not None:
+                await self._link.close()
+            if self._completions.model_text is not None:
+                self._completions.model_text.close()
+        if self._death is None:
+            return 0
+        self._console.failed(*self._death)
+        return 1
+
+    async def _load(self, url: str) -> None:
+        """Find the model, read its text side, start the engine; tell when it is ready."""
+        try:
+            self._on_message(m.Phase("model", 0.0, self._config.engine.model))
+            folder = await asyncio.to_thread(resolve, self._config.engine.model)
+            link = EngineLink(
+                replace(self._config.engine, model=str(folder)),
+                epoch=1,
+                on_message=self._on_message,
+                on_death=self._on_death,
+            )
+            self._link = link
+            self._service.attach(link.send)
+            await link.start()
+            self._completions.model_text = await asyncio.to_thread(load_model_text, folder)
+        except TenonError as error:
+            self._on_death(str(error), "")
+            return
+        await self._service.settled.wait()
+        if self._service.ready is not None and self._death is None:
+            self._console.ready(url, self._config.model_name, self._service.ready)
+
+    async def _drain(self) -> None:
+        self._service.drain()
+        self._console.draining(self._service.n_running, self._config.drain_s)
+        try:
+            await asyncio.wait_for(self._service.idle(), self._config.drain_s)
+        except TimeoutError:
+            _log.warning("%d requests did not finish within %g s", self._service.n_running, self._config.drain_s)
+            self._service.abort_all(Refusal("the server is shutting down", status=503, code="draining"))
+
+    def _on_message(self, message: m.FromEngine) -> None:
+        if isinstance(message, m.Phase):
+            self._console.phase(message.name, message.fraction, message.detail)
+        self._service.receive(message)
+
+    def _on_death(self, message: str, trace: str) -> None:
+        if self._death is None:
+            self._death = (message, trace)
+            self._service.engine_died(message)
+            self._stop.set()
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if not self._stop.is_set():
+            self._stop.set()
+            return
+        if self._link is not None:
+            self._link.kill()
+        os._exit(128 + number)
+
+
+def _url(host: str, sock: socket.socket) -> str:
+    port = sock.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(config: ServeConfig, console: Console) -> int:
+    """Run one server in this process until it ends; the exit status.
+
+    Raises ``ResourceError`` before anything is started where the port cannot be had.
+    """
+    sock = bind(config.host, config.port)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+
+    async def main() -> int:
+        return await Server(config, console).run(sock)
+
+    return asyncio.run(main())

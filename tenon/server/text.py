@@ -1,0 +1,136 @@
+"""From token ids to the text that a client sees: incremental decoding, stop strings, log-probabilities in step.
+
+    decoded   [ released ............ | held ... ]
+                                        a possible beginning of a stop string
+
+A character is never split across pieces (the detokenizer holds incomplete ones) and no part of a stop string is ever
+sent. A token's log-probability travels with the piece that completes its text.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tenon.engine.messages import Delta
+
+
+class IncrementalDecoder(Protocol):
+    """Turns ids into text piece by piece; what would break a character is kept back."""
+
+    def push(self, ids: Sequence[int]) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class StopScanner:
+    """Finds the first stop string in a growing text, wherever its pieces are cut.
+
+    The one that ends first wins; of those that end together the longest, so that as little as possible is sent.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = sorted(stops, key=len, reverse=True)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str) -> str:
+        """What may be sent now. Once ``found`` is set, nothing more may be pushed."""
+        if not self._stops:
+            return text
+        window = self._held + text
+        hits = [(at + len(stop), at, stop) for stop in self._stops if (at := window.find(stop)) >= 0]
+        if hits:
+            _, at, self.found = min(hits)
+            self._held = ""
+            return window[:at]
+        n_held = self._possible_beginning(window)
+        self._held = window[len(window) - n_held :]
+        return window[: len(window) - n_held]
+
+    def flush(self) -> str:
+        """What was held and can no longer become a stop string, for the sequence has ended."""
+        held, self._held = self._held, ""
+        return held
+
+    def _possible_beginning(self, window: str) -> int:
+        """Length of the longest suffix of ``window`` that begins some stop string."""
+        longest = 0
+        for stop in self._stops:
+            for size in range(min(len(stop) - 1, len(window)), longest, -1):
+                if window.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One generated token: its text, its log-probability, and the best alternatives as (id, log-probability)."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    offset: int
+    """Characters of the output before this token's text."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one delta adds to one choice. ``finish_reason`` is set on the last one only."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None
+
+
+class OutputText:
+    """The text of one sequence as it grows. ``n_tokens`` counts what was generated, stop tokens included."""
+
+    def __init__(self, decoder: IncrementalDecoder, stops: Sequence[str]) -> None:
+        self._decoder = decoder
+        self._scanner = StopScanner(stops)
+        self._pending: deque[tuple[int, TokenLogprob]] = deque()
+        self._decoded = 0
+        self._released = 0
+        self.n_tokens = 0
+        self.finished = False
+
+    def push(self, delta: Delta) -> Piece:
+        """Take a delta. The piece's ``finish_reason`` is "stop" where a stop string was completed."""
+        text = ""
+        for i, token in enumerate(delta.ids):
+            self.n_tokens += 1
+            if delta.stop_id is not None and i == len(delta.ids) - 1 and token == delta.stop_id:
+                break
+            start = self._decoded
+            new = self._decoder.push([token])
+            self._decoded += len(new)
+            if delta.logprobs:
+                top = delta.top[i] if delta.top else ()
+                self._pending.append((self._decoded, TokenLogprob(token, delta.logprobs[i], top, start)))
+            text += self._scanner.push(new)
+            if self._scanner.found is not None:
+                return self._end(text, "stop", cut=True)
+        if delta.finish_reason is None:
+            self._released += len(text)
+            return Piece(text, self._completed())
+        text += self._scanner.push(self._decoder.flush())
+        if self._scanner.found is not None:
+            return self._end(text, "stop", cut=True)
+        return self._end(text + self._scanner.flush(), delta.finish_reason, cut=False)
+
+    def _end(self, text: str, reason: str, *, cut: bool) -> Piece:
+        self.finished = True
+        self._released += len(text)
+        logprobs = tuple(entry for _, entry in self._pending if not cut or entry.offset < self._released)
+        self._pending.clear()
+        return Piece(text, logprobs, reason)
+
+    def _completed(self) -> tuple[TokenLogprob, ...]:
+        done: list[TokenLogprob] = []
+        while self._pending and self._pending[0][0] <= self._released:
+            done.append(self._pending.popleft()[1])
+        return tuple(done)

@@ -1,0 +1,252 @@
+"""Engines made by hand for tests: tiny checkpoints, an executor that keeps its logits, hand-made steps.
+
+Shapes: T rows, R outputs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from tenon.engine.config import EngineConfig
+from tenon.engine.engine import Engine, Identity
+from tenon.engine.executors.base import Executor
+from tenon.engine.executors.hash import HashExecutor
+from tenon.engine.executors.torch import TorchExecutor
+from tenon.engine.messages import Add
+from tenon.engine.scheduler import Scheduler
+from tenon.engine.step import SAMPLE, GroupStep, Params, Step
+from tenon.models.checkpoint import load_decoder
+from tenon.models.spec import KVGroup
+from tests.models import zoo
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Outputs = dict[tuple[str, int], list[int]]
+
+
+class Recorder(TorchExecutor):
+    """The torch executor, keeping each output's logits under its sequence and output position."""
+
+    def logits(self, step: Step) -> Tensor:
+        out_RV = super().logits(step)
+        where = zip(step.out_seq.tolist(), step.out_position.tolist(), strict=True)
+        self.__dict__.setdefault("rows", {}).update(zip(where, out_RV.clone(), strict=True))
+        return out_RV
+
+
+class Lab:
+    """One checkpoint as an executor and as transformers' model in fp64 and in the checkpoint's own type.
+
+    ``head_dim`` 32 runs the C attention kernel; None keeps the zoo's smaller heads, which run in torch.
+    """
+
+    def __init__(self, name: str, dtype: str, folder: Path, head_dim: int | None, numerics: str = "fast") -> None:
+        self.folder = folder
+        if not (folder / "config.json").exists():
+            changes = zoo.CASES[name].changes | ({} if head_dim is None else {"head_dim": head_dim})
+            settings = transformers.AutoConfig.for_model(zoo.CASES[name].family, **zoo.BASE | changes)
+            model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+            zoo.scale(model, seed=0)
+            model.to(DTYPES[dtype]).save_pretrained(folder)
+        decoder = load_decoder(folder, DTYPES[dtype])
+        self.spec, self.dtype = decoder.spec, DTYPES[dtype]
+        self.executor = Recorder(decoder, EngineConfig(numerics=numerics), on_phase=lambda *_: None)  # type: ignore[arg-type]
+        self._models: dict[torch.dtype, Any] = {}
+        self._known: dict[tuple[torch.dtype, tuple[int, ...]], Tensor] = {}
+
+    def reference(self, tokens: Iterable[int], dtype: torch.dtype = torch.float64) -> Tensor:
+        """Logits (T, V) of transformers in ``dtype``, as fp64."""
+        key = dtype, tuple(tokens)
+        if key not in self._known:
+            if dtype not in self._models:
+                self._models[dtype] = zoo.load_reference(self.folder, dtype)
+            with torch.inference_mode():
+                self._known[key] = self._models[dtype](torch.tensor([key[1]])).logits[0].double()
+        return self._known[key]
+
+    def groups(self, block_tokens: int = 16) -> tuple[KVGroup, ...]:
+        return self.spec.kv_groups("m", block_tokens, self.dtype.itemsize)
+
+    def engine(self, n_blocks: int = 64, **config: Any) -> Engine:
+        """A fresh engine over this executor; what it recorded before is forgotten."""
+        self.executor.rows = {}
+        settings = EngineConfig(model="m", **config)
+        return engine(self.executor, self.groups(settings.block_tokens), n_blocks, self.spec.vocab_size, settings)
+
+    def serve(self, adds: list[Add], **config: Any) -> Served:
+        """Serve ``adds`` to the end by a fresh engine."""
+        made = self.engine(**config)
+        outputs = run(made, adds)
+        rows = {}
+        by_id = made.scheduler.sequence_of  # type: ignore[attr-defined]
+        prompts = {add.request_id: add.prompt for add in adds}
+        for (seq, position), row in self.executor.rows.items():
+            request_id, index = by_id[seq]
+            rows[request_id, index, position] = row
+        return Served(made, outputs, prompts, rows)
+
+
+@dataclass
+class Served:
+    """What came of serving some requests: tokens, and each output's logits."""
+
+    engine: Engine
+    outputs: Outputs
+    prompts: dict[str, tuple[int, ...]]
+    rows: dict[tuple[str, int, int], Tensor]
+
+    def errors(self, lab: Lab) -> Tensor:
+        """Of each row: largest difference to the fp64 reference over the reference's largest logit."""
+        found, right = self.pairs(lab, torch.float64)
+        return errors(found, right)
+
+    def pairs(self, lab: Lab, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows (n, V) of the executor, and of transformers in ``dtype``."""
+        found, right = [], []
+        for (request_id, index, position), row in self.rows.items():
+            prompt = self.prompts[request_id]
+            tokens = (*prompt, *self.outputs[request_id, index])
+            found.append(row.double())
+            right.append(lab.reference(tokens, dtype)[len(prompt) - 1 + position])
+        return torch.stack(found), torch.stack(right)
+
+
+def errors(found_RV: Tensor, right_RV: Tensor) -> Tensor:
+    """(R,) largest difference of each row over its largest logit."""
+    return (found_RV.double() - right_RV).abs().amax(-1) / right_RV.abs().amax(-1)
+
+
+class NamedScheduler(Scheduler):
+    """Remembers which request and sibling a sequence id belongs to, after they are gone."""
+
+    sequence_of: dict[int, tuple[str, int]]
+
+    def add(self, add: Add) -> Any:
+        accepted = super().add(add)
+        self.__dict__.setdefault("sequence_of", {})
+        self.sequence_of.update((s.id, (add.request_id, s.index)) for s in self.requests[add.request_id].seqs)
+        return accepted
+
+
+def engine(
+    executor: Executor, groups: tuple[KVGroup, ...], n_blocks: int, vocab_size: int, config: EngineConfig
+) -> Engine:
+    executor.allocate(groups, n_blocks)
+    longest = min((n_blocks - 1) * config.block_tokens, 512)
+    scheduler = NamedScheduler(
+        config,
+        groups,
+        n_blocks,
+        model="m",
+        vocab_size=vocab_size,
+        eos_ids=(),
+        max_model_len=longest,
+        secret=b"k" * 32,
+    )
+    return Engine(config, Identity("m", vocab_size, (), longest, 0, n_blocks, {}), scheduler, executor)
+
+
+HASH_GROUPS = (KVGroup("m", (0, 1), "full", None, 16, 1), KVGroup("m", (2,), "window", 8, 16, 1))
+
+
+def hash_engine(n_blocks: int = 40, vocab_size: int = 1000, **config: Any) -> Engine:
+    """An engine without a model, with a full and a window group."""
+    settings = EngineConfig(executor="hash", **config)
+    return engine(HashExecutor(vocab_size), HASH_GROUPS, n_blocks, vocab_size, settings)
+
+
+def run(made: Engine, adds: Iterable[Add] = ()) -> Outputs:
+    """Serve to the end, integrity checked after every step. Returns the tokens of each (request, sibling)."""
+    for add in adds:
+        made.add(add)
+    outputs: Outputs = {}
+    while made.has_work:
+        for delta in made.tick(0.0):
+            outputs.setdefault((delta.request_id, delta.index), []).extend(delta.ids)
+        made.check_integrity()
+    return outputs
+
+
+@dataclass
+class Run:
+    """A span by hand: rows of sequence ``seq`` with its block table per group.
+
+    ``parent`` counts within the span; ``slots`` (per group) are needed where rows of a tree share a position.
+    """
+
+    seq: int
+    tok: list[int]
+    pos: list[int]
+    tables: list[list[int]]
+    out: list[int] = field(default_factory=list)
+    parent: list[int] | None = None
+    slots: list[list[int]] | None = None
+
+
+def step(runs: list[Run], block_tokens: int = 16) -> Step:
+    """The greedy step of these spans; outputs in the order of spans and their ``out``."""
+    starts = np.cumsum([0, *(len(r.tok) for r in runs)]).astype(np.int32)
+    groups = []
+    for g in range(len(runs[0].tables)):
+        slot: list[int] = []
+        for r in runs:
+            here = [r.tables[g][p // block_tokens] * block_tokens + p % block_tokens for p in r.pos if r.slots is None]
+            slot += here if r.slots is None else r.slots[g]
+        table_start = np.cumsum([0, *(len(r.tables[g]) for r in runs)]).astype(np.int32)
+        table = np.array([b for r in runs for b in r.tables[g]], np.int32)
+        groups.append(GroupStep(np.array(slot, np.int32), table_start, table))
+    parent = [p if p < 0 else p + s for r, s in zip(runs, starts, strict=False) for p in r.parent or [-1] * len(r.tok)]
+    out = [(s + row, r.seq) for r, s in zip(runs, starts, strict=False) for row in r.out]
+    T, R = int(starts[-1]), len(out)
+    empty_i32, empty_f32 = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    return Step(
+        id=1,
+        model="m",
+        weights_version=0,
+        bucket_T=T,
+        bucket_S=len(runs),
+        n_steps=1,
+        seq=np.array([r.seq for r in runs], np.int64),
+        q_start=starts,
+        tok=np.array([t for r in runs for t in r.tok], np.int32),
+        pos=np.array([p for r in runs for p in r.pos], np.int32),
+        parent=np.array(parent, np.int32),
+        groups=tuple(groups),
+        out_row=np.array([row for row, _ in out], np.int32),
+        out_seq=np.array([seq for _, seq in out], np.int64),
+        out_position=np.arange(R, dtype=np.int32),
+        want=np.full(R, SAMPLE, np.uint8),
+        params_index=np.zeros(R, np.int32),
+        bitmask_index=np.full(R, -1, np.int32),
+        params=sampling(temperature=0.0),
+        bitmask=np.zeros((0, 0), np.uint32),
+        edit_start=np.zeros(R + 1, np.int32),
+        edit_token=empty_i32,
+        edit_kind=np.zeros(0, np.uint8),
+        edit_value=empty_f32,
+        score_start=np.zeros(R + 1, np.int32),
+        score_token=empty_i32,
+    )
+
+
+def sampling(
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0, sample: int = 0,
+    n_logprobs: int = -1,
+) -> Params:  # fmt: skip
+    """A table of one row."""
+    return Params(
+        temperature=np.array([temperature], np.float32),
+        top_k=np.array([top_k], np.int32),
+        top_p=np.array([top_p], np.float32),
+        min_p=np.array([min_p], np.float32),
+        seed=np.array([seed], np.uint64),
+        sample=np.array([sample], np.int32),
+        n_logprobs=np.array([n_logprobs], np.int32),
+    )
