@@ -231,7 +231,8 @@ class Scheduler:
             i = seq.n_computed // size
             return i < seq.n_blocks and self.pools[0].ref[seq.tables[0][i]] > 1
 
-        while min(pool.n_available for pool in self.pools) < n_blocks - seq.n_blocks + shares_partial():
+        # A pinned sequence holds blocks beyond ``n_tokens``: those are no credit towards the copy of a shared one.
+        while min(pool.n_available for pool in self.pools) < max(0, n_blocks - seq.n_blocks) + shares_partial():
             victim = self._victim(seq, scheduled)
             if victim is None:
                 return False
@@ -337,13 +338,17 @@ class Scheduler:
         return [Delta(request.add.request_id, seq.index, (), "error", error=message) for seq in lost]
 
     def _fork(self, first: Seq) -> None:
-        """The prompt is computed: siblings share its blocks; the partial one is copied by whoever writes first."""
+        """The prompt is computed: siblings share its blocks; the partial one is copied by whoever writes first.
+
+        Blocks that a pinned sequence holds in advance are its own.
+        """
+        n_blocks = -(-first.n_computed // self.config.block_tokens)
         for sibling in first.request.seqs[1:]:
             for pool, source, table in zip(self.pools, first.tables, sibling.tables, strict=True):
-                for i in range(first.n_blocks):
+                for i in range(n_blocks):
                     pool.share(int(source[i]))
-                table[: first.n_blocks] = source[: first.n_blocks]
-            sibling.n_blocks = first.n_blocks
+                table[:n_blocks] = source[:n_blocks]
+            sibling.n_blocks = n_blocks
             sibling.n_computed = first.n_computed
             sibling.n_published = first.n_published
             sibling.digests = first.digests[: first.n_published]

@@ -175,7 +175,7 @@ class Decoder(nn.Module):
     def hidden(self, tok_T: Tensor, pos_T: Tensor, attend: Attend = ops.attend, maths: Maths = REFERENCE) -> Tensor:
         """The rows' last hidden states (T, M), after the final norm."""
         h_TM = self.embed(tok_T)
-        cos, sin = rope.cos_sin(pos_T, self.inv_freq, self.rope_factor)
+        cos, sin = maths.cos_sin(pos_T, self.inv_freq, self.rope_factor)
         delta_TM: Tensor | None = None
         for layer in self.layers:
             h_TM, delta_TM = layer(h_TM, delta_TM, cos, sin, attend, maths)

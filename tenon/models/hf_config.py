@@ -83,7 +83,8 @@ INERT: Final = frozenset(
     {
         # what the files are and who wrote them
         "transformers_version", "tokenizer_class", "use_cache", "unsloth_version", "unsloth_fixed", "model_max_length",
-        "max_sequence_length", "attn_implementation", "use_bfloat16", "torchscript", "is_decoder", "pad_token_id",
+        "max_sequence_length", "is_llama_config", "transformers.js_config",
+        "attn_implementation", "use_bfloat16", "torchscript", "is_decoder", "pad_token_id",
         "sep_token_id", "decoder_start_token_id", "prefix", "problem_type", "finetuning_task", "task_specific_params",
         "id2label", "label2id", "num_labels", "return_dict", "output_attentions", "output_hidden_states",
         "output_router_logits", "tf_legacy_loss", "max_window_layers",

@@ -29,9 +29,9 @@ def resolve(name: str, *, revision: str | None = None) -> Path:
     if name in EMBEDDED:
         return _folder(Path(__file__).parent / "embedded" / EMBEDDED[name], name)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _folder(path, name)
-    if path.exists():
+    if name and path.exists():
         raise ConfigError(f"{name} is a file; a model is the folder around it", subject=name)
     if name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name):
         raise ConfigError(

@@ -9,6 +9,7 @@ A template is code of whoever made the checkpoint. It never runs in this process
 from __future__ import annotations
 
 import json
+import os
 import queue
 import select
 import subprocess
@@ -17,7 +18,8 @@ from asyncio import to_thread
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 from tenon.base import clock as clocks
 from tenon.base.errors import CheckpointError, RequestError, ResourceError
@@ -153,12 +155,12 @@ class _Worker:
     def _start(self, start_s: float) -> None:
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", template_worker.__file__],
+                [sys.executable, "-P", template_worker.__file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
-                env={"LC_ALL": "C.UTF-8"},
+                env={"LC_ALL": "C.UTF-8", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 start_new_session=True,  # an interrupt at the terminal is the parent's to handle
             )
         except OSError as error:
@@ -166,7 +168,7 @@ class _Worker:
         hello = {"template": "", "data": None, "now_s": 0.0, "cpu_s": 1.0, "max_chars": 0}
         if self._exchange(json.dumps(hello).encode() + b"\n", start_s, 1 << 10) is None:
             self.kill()
-            raise ResourceError(f"a chat template worker was not ready after {start_s:g} s")
+            raise ResourceError(f"a chat template worker died at its start or took over {start_s:g} s")
 
     def _exchange(self, line: bytes, wall_s: float, max_reply: int) -> dict[str, str] | None:
         """Send and receive at once, so that neither full pipe stops the other; ``None`` on death, silence, excess."""
@@ -288,6 +290,14 @@ class Renderer:
             return worker.ask(request, self.limits.wall_s, self.limits.start_s, 12 * self.limits.max_chars + (1 << 16))
         finally:
             self._idle.put(worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
         """Kill the workers. A later render starts them anew."""

@@ -78,8 +78,10 @@ class EventHub:
     def publish(self, kind: str, **fields: Any) -> None:
         event = {"v": VERSION, "kind": kind, "at_s": round(self._clock.wall_s(), 3), **fields}
         encoded = msgspec.json.encode(event)
-        if kind in ("state", "phase", "stats"):
+        if kind in ("state", "stats"):
             self._latest[kind] = encoded
+        elif kind == "phase":
+            self._latest[f"phase {fields['name']}"] = encoded
         for subscription in self._subscriptions:
             subscription.put(encoded)
         if self._recorder is not None:

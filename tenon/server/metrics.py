@@ -62,19 +62,17 @@ class Histogram:
         yield f"{self.name}_count {running}"
 
 
-class Gauge:
-    """A value as it is at the scrape."""
+class Reading:
+    """A value read elsewhere at the scrape: a gauge, or with ``kind="counter"`` a count that the engine keeps."""
 
-    kind = "gauge"
-
-    def __init__(self, name: str, help_text: str, value: float, labels: Mapping[str, str] | None = None) -> None:
-        self.name, self.help_text, self._value, self._labels = name, help_text, value, labels or {}
+    def __init__(self, name: str, help_text: str, value: float, *, kind: str = "gauge") -> None:
+        self.name, self.help_text, self.kind, self._value = name, help_text, kind, value
 
     def lines(self) -> Iterable[str]:
-        yield f"{self.name}{_labels(self._labels)} {_number(self._value)}"
+        yield f"{self.name} {_number(self._value)}"
 
 
-def render(metrics: Iterable[Counter | Histogram | Gauge]) -> str:
+def render(metrics: Iterable[Counter | Histogram | Reading]) -> str:
     """The exposition; every family has its HELP and TYPE."""
     out: list[str] = []
     for metric in metrics:
@@ -105,7 +103,7 @@ class ServerMetrics:
         self.e2e = Histogram("tenon_e2e_seconds", "From a request's arrival to its end.", LATENCY_S)
         self.step = Histogram("tenon_step_seconds", "Duration of engine steps, as sampled by its reports.", STEP_S)
 
-    def families(self) -> list[Counter | Histogram | Gauge]:
+    def families(self) -> list[Counter | Histogram | Reading]:
         return [
             self.started, self.finished, self.refused, self.prompt_tokens, self.output_tokens,
             self.ttft, self.tpot, self.e2e, self.step,

@@ -23,7 +23,7 @@ from tenon.engine import messages as m
 from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
 from tenon.server.limits import Limits
-from tenon.server.metrics import Gauge, ServerMetrics, render
+from tenon.server.metrics import Reading, ServerMetrics, render
 
 STALL_S: Final = 10.0
 STATS_EVERY_S: Final = 0.12
@@ -289,27 +289,15 @@ class Service:
         self.events.close()
 
     def exposition(self) -> str:
-        """``/metrics``: counters kept here, gauges of the state as it is now."""
-        stats, ready = self.stats, self.ready
+        """``/metrics``: counters kept here, and the state as it is now."""
         families = self.metrics.families()
+        ready = float(self.unready_because() is None)
         families += [
-            Gauge(
-                "tenon_ready", "1 when requests are taken and progress is made.", float(self.unready_because() is None)
-            ),
-            Gauge("tenon_requests_running", "Requests started and not finished.", len(self._flights)),
+            Reading("tenon_ready", "1 when requests are taken and progress is made.", ready),
+            Reading("tenon_requests_running", "Requests started and not finished.", len(self._flights)),
         ]
-        if stats is not None and ready is not None:
-            families += [
-                Gauge("tenon_engine_running", "Sequences being computed.", stats.running),
-                Gauge("tenon_engine_waiting", "Sequences that wait in the engine.", stats.waiting),
-                Gauge("tenon_kv_blocks", "Blocks of the KV cache.", stats.blocks_total),
-                Gauge("tenon_kv_blocks_used", "Blocks held by sequences.", stats.blocks_held),
-                Gauge("tenon_kv_blocks_cached", "Blocks kept for prefix reuse alone.", stats.blocks_cached),
-                Gauge("tenon_prefix_hit_tokens", "Prompt tokens found in the cache since start.", stats.cached_tokens),
-                Gauge("tenon_engine_prompt_tokens", "Prompt tokens taken since start.", stats.prompt_tokens),
-                Gauge("tenon_engine_steps", "Steps since start.", stats.steps),
-                Gauge("tenon_preemptions", "Preemptions since start.", stats.preemptions),
-            ]
+        if self.stats is not None:
+            families += _engine_readings(self.stats)
         return render(families)
 
     # Inside.
@@ -403,3 +391,16 @@ class Service:
 def _outcome(reasons: set[str]) -> str:
     """One word for several sequences: "length" if any was cut."""
     return "length" if "length" in reasons else "stop"
+
+
+def _engine_readings(stats: m.Stats) -> list[Reading]:
+    return [
+        Reading("tenon_engine_running", "Sequences being computed.", stats.running),
+        Reading("tenon_engine_waiting", "Sequences that wait in the engine.", stats.waiting),
+        Reading("tenon_kv_blocks", "Blocks of the KV cache.", stats.blocks_total),
+        Reading("tenon_kv_blocks_used", "Blocks held by sequences.", stats.blocks_held),
+        Reading("tenon_kv_blocks_cached", "Blocks kept for prefix reuse alone.", stats.blocks_cached),
+        Reading("tenon_prefix_hit_tokens_total", "Prompt tokens found in cache.", stats.cached_tokens, kind="counter"),
+        Reading("tenon_engine_steps_total", "Steps of the engine.", stats.steps, kind="counter"),
+        Reading("tenon_preemptions_total", "Sequences preempted.", stats.preemptions, kind="counter"),
+    ]

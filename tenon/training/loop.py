@@ -167,6 +167,15 @@ def set_weights(model: Decoder, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
+def inherit(model: Decoder, source: Decoder, n_layers: int) -> None:
+    """Give ``model`` the embedding, the final norm and the first ``n_layers`` layers of ``source``, of equal width."""
+    with torch.no_grad():
+        model.embed.weight.copy_(source.embed.weight)
+        model.norm.weight.copy_(source.norm.weight)
+        for mine, theirs in zip(model.layers[:n_layers], source.layers[:n_layers], strict=True):
+            mine.load_state_dict(theirs.state_dict())
+
+
 def initialise(model: Decoder, seed: int) -> None:
     """Normal weights of one over the square root of their inputs; what adds to the residual stream starts at 0."""
     generator = torch.Generator().manual_seed(seed)

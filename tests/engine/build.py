@@ -61,15 +61,19 @@ class Lab:
         self._models: dict[torch.dtype, Any] = {}
         self._known: dict[tuple[torch.dtype, tuple[int, ...]], Tensor] = {}
 
-    def reference(self, tokens: Iterable[int], dtype: torch.dtype = torch.float64) -> Tensor:
-        """Logits (T, V) of transformers in ``dtype``, as fp64."""
-        key = dtype, tuple(tokens)
-        if key not in self._known:
+    def references(self, sequences: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """Logits (T, V) of transformers in ``dtype`` for each sequence, as fp64; one batch for those not yet known."""
+        sequences = list(sequences)
+        new = sorted({s for s in sequences if (dtype, s) not in self._known})
+        if new:
             if dtype not in self._models:
                 self._models[dtype] = zoo.load_reference(self.folder, dtype)
+            longest = max(map(len, new))
+            padded = torch.tensor([(*s, *[0] * (longest - len(s))) for s in new])  # a causal row sees no padding
             with torch.inference_mode():
-                self._known[key] = self._models[dtype](torch.tensor([key[1]])).logits[0].double()
-        return self._known[key]
+                logits = self._models[dtype](padded).logits.double()
+            self._known.update(((dtype, s), rows[: len(s)]) for s, rows in zip(new, logits, strict=True))
+        return [self._known[dtype, s] for s in sequences]
 
     def groups(self, block_tokens: int = 16) -> tuple[KVGroup, ...]:
         return self.spec.kv_groups("m", block_tokens, self.dtype.itemsize)
@@ -109,13 +113,10 @@ class Served:
 
     def pairs(self, lab: Lab, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Rows (n, V) of the executor, and of transformers in ``dtype``."""
-        found, right = [], []
-        for (request_id, index, position), row in self.rows.items():
-            prompt = self.prompts[request_id]
-            tokens = (*prompt, *self.outputs[request_id, index])
-            found.append(row.double())
-            right.append(lab.reference(tokens, dtype)[len(prompt) - 1 + position])
-        return torch.stack(found), torch.stack(right)
+        keys = list(self.rows)
+        known = lab.references([(*self.prompts[r], *self.outputs[r, i]) for r, i, _ in keys], dtype)
+        right = [rows[len(self.prompts[r]) - 1 + position] for rows, (r, _, position) in zip(known, keys, strict=True)]
+        return torch.stack([self.rows[key].double() for key in keys]), torch.stack(right)
 
 
 def errors(found_RV: Tensor, right_RV: Tensor) -> Tensor:
@@ -153,13 +154,12 @@ def engine(
     return Engine(config, Identity("m", vocab_size, (), longest, 0, n_blocks, {}), scheduler, executor)
 
 
-HASH_GROUPS = (KVGroup("m", (0, 1), "full", None, 16, 1), KVGroup("m", (2,), "window", 8, 16, 1))
-
-
 def hash_engine(n_blocks: int = 40, vocab_size: int = 1000, **config: Any) -> Engine:
     """An engine without a model, with a full and a window group."""
     settings = EngineConfig(executor="hash", **config)
-    return engine(HashExecutor(vocab_size), HASH_GROUPS, n_blocks, vocab_size, settings)
+    size = settings.block_tokens
+    groups = (KVGroup("m", (0, 1), "full", None, size, 1), KVGroup("m", (2,), "window", 8, size, 1))
+    return engine(HashExecutor(vocab_size), groups, n_blocks, vocab_size, settings)
 
 
 def run(made: Engine, adds: Iterable[Add] = ()) -> Outputs:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tenon.models import ops
 from tenon.models.checkpoint import layout, load_decoder
 from tenon.models.decoder import Decoder
 from tests.models import zoo
@@ -61,6 +62,21 @@ def test_an_ignored_window_shows(name: str, saved: Saved) -> None:
     for layer in decoder.layers:
         layer.window = 0
     assert errors(logits(decoder, tokens), right).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_attention_is_far_from_uniform(name: str, saved: Saved) -> None:
+    largest: list[Tensor] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int) -> Tensor:
+        scores = torch.einsum("thd,shd->ths", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
+        later = torch.ones(len(q), len(q)).triu(1).bool()[:, None]
+        largest.append(scores.masked_fill(later, -torch.inf).softmax(-1)[16:].amax(-1))
+        return ops.attend(q, k, v, layer, scale, window)
+
+    with torch.no_grad():
+        load_decoder(saved(name), torch.float32)(zoo.prompts(1, 48)[0], torch.arange(48), attend)
+    assert torch.cat(largest).median() > 4 / 32
 
 
 def test_positions_off_by_one_from_some_row_on_show(saved: Saved) -> None:

@@ -16,7 +16,8 @@ from tenon.base.errors import CheckpointError, RequestError
 from tenon.models.template import Renderer, RenderLimits, Templates, load_templates
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 LLAMA3 = """{{- bos_token }}
@@ -38,7 +39,8 @@ LLAMA3 = """{{- bos_token }}
 {{- "<|eot_id|>" }}
 {%- for message in messages %}
     {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim }}
+        {{- '<|eot_id|>' }}
     {%- elif 'tool_calls' in message %}
         {%- if not message.tool_calls|length == 1 %}
             {{- raise_exception("This model only supports single tool-calls at once!") }}
@@ -77,7 +79,11 @@ QWEN = """{%- if tools %}
     {%- endif %}
 {%- endfor %}
 {%- for message in messages %}
-    {%- if message.content is string %}{%- set content = message.content %}{%- else %}{%- set content = '' %}{%- endif %}
+    {%- if message.content is string %}
+        {%- set content = message.content %}
+    {%- else %}
+        {%- set content = '' %}
+    {%- endif %}
     {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
         {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
     {%- elif message.role == "assistant" %}
@@ -120,13 +126,8 @@ NO_SYSTEM = {"mistral"}
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
-def of(source: str, **limits: Any) -> Renderer:
-    return Renderer(
-        Templates({"default": source}, {"bos_token": "<s>", "eos_token": "</s>"}),
-        n_workers=1,
-        limits=RenderLimits(**limits),
-        clock=ManualClock(),
-    )
+def of(source: str) -> Renderer:
+    return Renderer(Templates({"default": source}, {"bos_token": "<s>", "eos_token": "</s>"}), n_workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,8 @@ def test_a_template_may_refuse(render: Any) -> None:
 
 def test_generation_blocks_dates_and_json(render: Any) -> None:
     assert render("{% generation %}a{% endgeneration %}{{ {'b': '<é>'} | tojson }}") == 'a{"b": "<é>"}'
-    assert of("{{ strftime_now('%Y') }}").render(TALK) in ("1969", "1970")
+    with Renderer(Templates({"default": "{{ strftime_now('%Y') }}"}), clock=ManualClock(epoch_s=1e9)) as renderer:
+        assert renderer.render(TALK) == "2001"
     assert render("{{ [1] | tojson(indent=2) }}{{ dict(a=1).a }}") == "[\n  1\n]1"
 
 
@@ -219,8 +221,7 @@ def test_known_escapes_give_nothing(source: str, render: Any) -> None:
         text = render(source)
     except RequestError as error:
         text = str(error)
-        assert error.code == "template_failed"
-    assert not any(word in text for word in ("<class", "<function", "root:", "PWNED", "<module", "<frame", "__main__"))
+    assert not any(word in text for word in ("<class", "<function", "root:", "PWNED", "<module", "<frame", "<code"))
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_templates_are_checked_at_start() -> None:
     renderer = of(CHATML)
     renderer.check()
     renderer.templates = Templates({"broken": "{% if %}"})
-    with pytest.raises(CheckpointError, match="'broken' is damaged.*line 1"):
+    with pytest.raises(CheckpointError, match=r"'broken' is damaged.*line 1"):
         renderer.check()
     renderer.close()
 

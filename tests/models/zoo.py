@@ -1,7 +1,7 @@
 """Tiny random checkpoints of every family, saved by transformers, for whoever needs a model that is not trivial.
 
-Weights are scaled so that mistakes show: attention is far from uniform (scores of standard deviation about 3), norms and
-biases are not neutral, and a router's choice is no tie: each token's embedding carries the codes of its own experts.
+Weights are scaled so that mistakes show: attention is far from uniform (scores of standard deviation about 3), norms
+and biases are not neutral, and a router's choice is no tie: each token's embedding carries the codes of its experts.
 """
 
 from __future__ import annotations

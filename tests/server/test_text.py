@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenon.engine.messages import Delta
@@ -29,11 +29,13 @@ def scanned(parts: Sequence[str], stops: Sequence[str]) -> tuple[str, str | None
     return out + scanner.flush(), None
 
 
+@settings(deadline=None)
 @given(AB, st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3), st.lists(st.integers(0, 24)))
 def test_cuts_do_not_matter(text: str, stops: list[str], cuts: list[int]) -> None:
     assert scanned(pieces(text, cuts), stops) == scanned(list(text), stops)
 
 
+@settings(deadline=None)
 @given(AB, st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_nothing_of_the_first_stop_string_is_sent(text: str, stops: list[str]) -> None:
     out, found = scanned(list(text), stops)

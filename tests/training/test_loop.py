@@ -92,3 +92,13 @@ def test_damaged_state_names_its_file(tmp_path: Path) -> None:
     (tmp_path / loop.NEWEST).write_bytes(b"no tensors here")
     with pytest.raises(CheckpointError, match=r"state\.safetensors"):
         fresh(tmp_path, stop=6).resume()
+
+
+def test_a_draft_inherits_embedding_and_first_layers() -> None:
+    source, model = Decoder(SPEC), Decoder(SPEC)
+    loop.initialise(source, seed=1)
+    loop.initialise(model, seed=2)
+    loop.inherit(model, source, n_layers=1)
+    assert torch.equal(model.lm_head.weight, source.embed.weight)
+    assert torch.equal(model.layers[0].qkv.weight, source.layers[0].qkv.weight)
+    assert not torch.equal(model.layers[1].qkv.weight, source.layers[1].qkv.weight)

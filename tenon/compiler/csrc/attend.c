@@ -4,7 +4,7 @@
 #include "attend.h"
 #include "simd.h"
 
-enum { MAX_DEPTH = 4096 };
+enum { MAX_DEPTH = 4096, TILE = 64 };
 
 #define SCALAR float
 #define LOAD load_f

@@ -1,9 +1,9 @@
-// The body of paged attention, included once per storage type with SCALAR, LOAD, STORE1, NAME(x) defined.
+// The body of paged attention, included once per storage type with SCALAR, LOAD, STORE, TO_F, NAME(x) defined.
 //
 // Cache layout: K [block, G, D, B] (sixteen positions of one channel lie side by side: a dot product over channels
-// needs no shuffles), V [block, G, B, D]. Online softmax runs over tiles of 16 absolute positions from the first visible
-// one upwards: a row's bits depend neither on its neighbours nor on how the context was cut into chunks.
-// Each K and V byte of a tile is read once for all rows and heads of an item.
+// needs no shuffles), V [block, G, B, D]. Online softmax runs over tiles of 64 absolute positions from the first visible
+// one upwards, in parts of 16: a row's bits depend neither on its neighbours nor on how the context was cut into chunks.
+// Each K and V byte of a tile is read from memory once for all rows and heads of an item.
 
 static void NAME(write_kv)(const attend_step *a, int64_t row, const SCALAR *k, const SCALAR *v, SCALAR *kc, SCALAR *vc) {
     const int64_t G = a->n_kv_heads, D = a->head_dim, B = a->block_tokens;
@@ -16,8 +16,8 @@ static void NAME(write_kv)(const attend_step *a, int64_t row, const SCALAR *k, c
     }
 }
 
-// One tile of 16 positions as fp32: kf [D][16], vf [16][D]. Positions past `last` are left out of vf and are junk in kf.
-static inline __attribute__((always_inline)) void NAME(load_tile)(
+// 16 positions as fp32: kf [D][16], vf [16][D]. Positions past `last` are left out of vf and are junk in kf.
+static inline __attribute__((always_inline)) void NAME(load_part)(
     const attend_step *a, const int32_t *table, const int32_t *path, int64_t base, int64_t first, int64_t last,
     int64_t g, const SCALAR *kc, const SCALAR *vc, float *kf, float *vf, const int64_t D) {
     const int64_t G = a->n_kv_heads, B = a->block_tokens;
@@ -41,15 +41,67 @@ static inline __attribute__((always_inline)) void NAME(load_tile)(
     }
 }
 
-// Rows of one item against one K/V head. Scratch per thread: q, acc [Q][D], s [Q][16], m, l [Q], kf, vf.
+// Asks memory for the K (or V) of the 16 positions that start `at`. Blocks lie scattered: the hardware's prefetcher
+// cannot guess the next one, the block table knows it. One part at a time, or the queue of misses overflows.
+static inline __attribute__((always_inline)) void NAME(prefetch)(
+    const attend_step *a, const int32_t *table, int64_t at, int64_t base, int64_t g, const SCALAR *c, int k,
+    const int64_t D) {
+    const int64_t B = a->block_tokens;
+    if (at > base) return;
+    const SCALAR *head = c + ((int64_t)table[at / B] * a->n_kv_heads + g) * D * B;
+    if (k && B > 16)
+        for (int64_t d = 0; d < D; d++) __builtin_prefetch(head + d * B + at % B, 0, 2);
+    else
+        for (int64_t i = 0; i < 16 * D; i += 64 / sizeof(SCALAR)) __builtin_prefetch(head + at % B * (k ? 1 : D) + i, 0, 2);
+}
+
+// Scores of N <= 4 queries against 16 positions. Each query's sum runs over channels in order, whatever N is.
+#define SCORES(N, K_OF_D)                                                        \
+    do {                                                                         \
+        v16 sum[N];                                                              \
+        for (int i = 0; i < N; i++) sum[i] = splat(0);                           \
+        for (int64_t d = 0; d < D; d++) {                                        \
+            const v16 key = K_OF_D;                                              \
+            for (int i = 0; i < N; i++) sum[i] += key * q0[i * D + d];           \
+        }                                                                        \
+        for (int i = 0; i < N; i++) store_f(dst + i * TILE, sum[i]);             \
+    } while (0)
+
+// Adds to N <= 4 queries' sums the values of n positions in order; V_OF_J(c) is sixteen channels of position j.
+#define VALUES(N, V_OF_J)                                                        \
+    do {                                                                         \
+        for (int64_t d = 0; d < D; d += 32) {                                    \
+            v16 x[N], y[N];                                                      \
+            for (int i = 0; i < N; i++)                                          \
+                x[i] = load_f(acc0 + i * D + d), y[i] = load_f(acc0 + i * D + d + 16); \
+            for (int64_t j = 0; j < n; j++) {                                    \
+                const v16 v0 = V_OF_J(0), v1 = V_OF_J(16);                       \
+                for (int i = 0; i < N; i++)                                      \
+                    x[i] += v0 * p0[i * TILE + j], y[i] += v1 * p0[i * TILE + j]; \
+            }                                                                    \
+            for (int i = 0; i < N; i++)                                          \
+                store_f(acc0 + i * D + d, x[i]), store_f(acc0 + i * D + d + 16, y[i]); \
+        }                                                                        \
+    } while (0)
+#define V_CACHE(c) LOAD(vs + j * D + d + c)
+#define V_SCRATCH(c) load_f(vf + j * D + d + c)
+#define BY_COUNT(n, MACRO, ...)                  \
+    switch (n) {                                 \
+    case 1: MACRO(1, __VA_ARGS__); break;        \
+    case 2: MACRO(2, __VA_ARGS__); break;        \
+    case 3: MACRO(3, __VA_ARGS__); break;        \
+    default: MACRO(4, __VA_ARGS__);              \
+    }
+
+// Rows of one item against one K/V head. Scratch per thread: q, acc [Q][D], s [Q][TILE], m, l [Q], kf, vf [4][16 D].
 static inline __attribute__((always_inline)) void NAME(item)(
     const attend_step *a, int64_t item, int64_t g, float scale, const SCALAR *q, const SCALAR *kc, const SCALAR *vc,
     SCALAR *out, float *scratch, const int64_t D) {
-    const int64_t H = a->n_heads, rep = H / a->n_kv_heads;
+    const int64_t H = a->n_heads, G = a->n_kv_heads, B = a->block_tokens, rep = H / G;
     const int64_t r0 = a->item_row[item], n_rows = a->item_n[item], nq = n_rows * rep, Q = (nq + 3) / 4 * 4;
     const int32_t *table = a->table + a->item_table[item];
-    float *qf = scratch, *acc = qf + Q * D, *s = acc + Q * D, *m = s + Q * 16, *l = m + Q;
-    float *kf = l + Q, *vf = kf + D * 16;
+    float *qf = scratch, *acc = qf + Q * D, *s = acc + Q * D, *m = s + Q * TILE, *l = m + Q;
+    float *kparts = l + Q, *vparts = kparts + TILE * D;
 
     int64_t base = a->base[r0], last = a->pos[r0], first = last;
     int32_t path[MAX_DEPTH];
@@ -65,43 +117,53 @@ static inline __attribute__((always_inline)) void NAME(item)(
 
     memset(qf, 0, Q * D * sizeof(float));
     memset(acc, 0, Q * D * sizeof(float));
+    memset(s, 0, Q * TILE * sizeof(float));
     for (int64_t i = 0; i < Q; i++) m[i] = -INFINITY, l[i] = 0;
     for (int64_t i = 0; i < nq; i++) {
         const SCALAR *src = q + ((r0 + i / rep) * H + g * rep + i % rep) * D;
         for (int64_t d = 0; d < D; d += 16) store_f(qf + i * D + d, LOAD(src + d) * scale);
     }
 
-    for (int64_t t = first / 16 * 16; t <= last; t += 16) {
-        NAME(load_tile)(a, table, path, base, t, last, g, kc, vc, kf, vf, D);
-        const int64_t n = last - t + 1 < 16 ? last - t + 1 : 16;
-        for (int64_t i = 0; i < Q; i += 4) {
-            v16 s0 = {}, s1 = {}, s2 = {}, s3 = {};
-            const float *q0 = qf + i * D, *q1 = q0 + D, *q2 = q1 + D, *q3 = q2 + D;
-            for (int64_t d = 0; d < D; d++) {
-                const v16 k = load_f(kf + d * 16);
-                s0 += k * q0[d];
-                s1 += k * q1[d];
-                s2 += k * q2[d];
-                s3 += k * q3[d];
+    for (int64_t t = first / TILE * TILE; t <= last; t += TILE) {
+        const int64_t parts = (last - t) / 16 + 1 < TILE / 16 ? (last - t) / 16 + 1 : TILE / 16;
+        const int64_t skip = first > t ? (first - t) / 16 : 0;
+        // Few queries read the cache directly; many share one conversion. The arithmetic is the same.
+        const int direct = Q == 4 && t + parts * 16 - 1 <= base;
+        for (int64_t c = skip; c < parts; c++) {
+            const int64_t at = t + c * 16;
+            NAME(prefetch)(a, table, at + TILE, base, g, kc, 1, D);
+            if (direct) {
+                const SCALAR *ks = kc + ((int64_t)table[at / B] * G + g) * D * B + at % B;
+                const float *q0 = qf;
+                float *dst = s + c * 16;
+                BY_COUNT(nq, SCORES, LOAD(ks + d * B))
+                continue;
             }
-            store_f(s + i * 16, s0);
-            store_f(s + i * 16 + 16, s1);
-            store_f(s + i * 16 + 32, s2);
-            store_f(s + i * 16 + 48, s3);
+            float *kf = kparts + c * 16 * D;
+            NAME(load_part)(a, table, path, base, at, last, g, kc, vc, kf, vparts + c * 16 * D, D);
+            for (int64_t i = 0; i < Q; i += 4) {
+                const float *q0 = qf + i * D;
+                float *dst = s + i * TILE + c * 16;
+                SCORES(4, load_f(kf + d * 16));
+            }
         }
         for (int64_t i = 0; i < nq; i++) {
             const int64_t p = a->pos[r0 + i / rep];
-            const int64_t low = a->window && p - a->window + 1 > t ? p - a->window + 1 - t : 0;
-            const int64_t high = p - t;
-            v16 x = load_f(s + i * 16);
-            if (low > 0 || high < 15) {
-                const i16x lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-                const int32_t lo = low > 16 ? 16 : (int32_t)low, hi = high < -1 ? -1 : (int32_t)high;
-                x = select16((lane >= lo) & (lane <= hi), x, splat(-INFINITY));
+            const int64_t low = a->window && p - a->window + 1 > t ? p - a->window + 1 - t : 0, high = p - t;
+            v16 x[TILE / 16], top = splat(-INFINITY);
+            for (int64_t c = skip; c < parts; c++) {
+                x[c] = load_f(s + i * TILE + c * 16);
+                if (low > c * 16 || high < c * 16 + 15) {
+                    const i16x lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+                    const int64_t from = low - c * 16, to = high - c * 16;
+                    const int32_t lo = from > 16 ? 16 : (int32_t)from, hi = to < -1 ? -1 : to > 16 ? 16 : (int32_t)to;
+                    x[c] = select16((lane >= lo) & (lane <= hi), x[c], splat(-INFINITY));
+                }
+                top = max_v(x[c], top);
             }
-            const float best = max16(x);
+            const float best = max16(top);
             if (best == -INFINITY) {
-                store_f(s + i * 16, (v16){});
+                memset(s + i * TILE, 0, TILE * sizeof(float));
                 continue;
             }
             if (best > m[i]) {
@@ -110,29 +172,29 @@ static inline __attribute__((always_inline)) void NAME(item)(
                 l[i] *= shrink;
                 m[i] = best;
             }
-            x = exp16(x - m[i]);
-            l[i] += sum16(x);
-            store_f(s + i * 16, x);
+            v16 sum = {};
+            for (int64_t c = skip; c < parts; c++) {
+                x[c] = exp16(x[c] - m[i]);
+                sum += x[c];
+                store_f(s + i * TILE + c * 16, x[c]);
+            }
+            l[i] += sum16(sum);
         }
-        for (int64_t i = 0; i < Q; i += 4) {
-            const float *p0 = s + i * 16, *p1 = p0 + 16, *p2 = p1 + 16, *p3 = p2 + 16;
-            float *a0 = acc + i * D;
-            for (int64_t d = 0; d < D; d += 32) {
-                v16 x00 = load_f(a0 + d), x01 = load_f(a0 + d + 16);
-                v16 x10 = load_f(a0 + D + d), x11 = load_f(a0 + D + d + 16);
-                v16 x20 = load_f(a0 + 2 * D + d), x21 = load_f(a0 + 2 * D + d + 16);
-                v16 x30 = load_f(a0 + 3 * D + d), x31 = load_f(a0 + 3 * D + d + 16);
-                for (int64_t j = 0; j < n; j++) {
-                    const v16 v0 = load_f(vf + j * D + d), v1 = load_f(vf + j * D + d + 16);
-                    x00 += v0 * p0[j], x01 += v1 * p0[j];
-                    x10 += v0 * p1[j], x11 += v1 * p1[j];
-                    x20 += v0 * p2[j], x21 += v1 * p2[j];
-                    x30 += v0 * p3[j], x31 += v1 * p3[j];
-                }
-                store_f(a0 + d, x00), store_f(a0 + d + 16, x01);
-                store_f(a0 + D + d, x10), store_f(a0 + D + d + 16, x11);
-                store_f(a0 + 2 * D + d, x20), store_f(a0 + 2 * D + d + 16, x21);
-                store_f(a0 + 3 * D + d, x30), store_f(a0 + 3 * D + d + 16, x31);
+        for (int64_t c = skip; c < parts; c++) {
+            const int64_t at = t + c * 16, n = last - at + 1 < 16 ? last - at + 1 : 16;
+            NAME(prefetch)(a, table, at + TILE, base, g, vc, 0, D);
+            if (direct) {
+                const SCALAR *vs = vc + (((int64_t)table[at / B] * G + g) * B + at % B) * D;
+                const float *p0 = s + c * 16;
+                float *acc0 = acc;
+                BY_COUNT(nq, VALUES, V_CACHE)
+                continue;
+            }
+            const float *vf = vparts + c * 16 * D;
+            for (int64_t i = 0; i < Q; i += 4) {
+                const float *p0 = s + i * TILE + c * 16;
+                float *acc0 = acc + i * D;
+                VALUES(4, V_SCRATCH);
             }
         }
     }
@@ -142,6 +204,11 @@ static inline __attribute__((always_inline)) void NAME(item)(
         for (int64_t d = 0; d < D; d += 16) STORE(dst + d, load_f(acc + i * D + d) * inverse);
     }
 }
+#undef SCORES
+#undef BY_COUNT
+#undef VALUES
+#undef V_CACHE
+#undef V_SCRATCH
 
 // Writes the step's K and V into the cache, then attends. Returns 0, or -1 when memory for scratch is not to be had.
 int NAME(tenon_attend)(
@@ -152,7 +219,7 @@ int NAME(tenon_attend)(
     for (int64_t i = 0; i < a->n_items; i++)
         if (a->item_n[i] > rows) rows = a->item_n[i];
     const int64_t Q = (rows * rep + 3) / 4 * 4;
-    const size_t bytes = (2 * Q * D + Q * 18 + 32 * D) * sizeof(float);
+    const size_t bytes = (2 * Q * D + Q * (TILE + 2) + 2 * TILE * D) * sizeof(float);
     int failed = 0;
 #pragma omp parallel
     {

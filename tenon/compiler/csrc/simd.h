@@ -44,23 +44,30 @@ static inline bf16 f_to_b(float f) {
     return (bf16)((w + 0x7fff + ((w >> 16) & 1)) >> 16);
 }
 
-// Lane sums in one fixed tree, so that a row's bits depend on nothing but the row.
+// Lane sums and maxima in one fixed tree of in-register shuffles: a row's bits depend on nothing but the row.
+typedef float v8 __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+
+static inline v8 half8(v16 v, int hi) { v8 h; memcpy(&h, (const char *)&v + 32 * hi, sizeof h); return h; }
+static inline v4 half4(v8 v, int hi) { v4 h; memcpy(&h, (const char *)&v + 16 * hi, sizeof h); return h; }
+static inline v4 max4(v4 a, v4 b) { const i4 m = a > b; return (v4)((m & (i4)a) | (~m & (i4)b)); }
+
 static inline float sum16(v16 v) {
-    float a[16];
-    memcpy(a, &v, sizeof a);
-    for (int i = 0; i < 8; i++) a[i] += a[i + 8];
-    for (int i = 0; i < 4; i++) a[i] += a[i + 4];
-    return (a[0] + a[2]) + (a[1] + a[3]);
+    const v8 a = half8(v, 0) + half8(v, 1);
+    const v4 b = half4(a, 0) + half4(a, 1);
+    const v4 c = b + __builtin_shuffle(b, (i4){2, 3, 0, 1});
+    return c[0] + c[1];
 }
 
 static inline float max16(v16 v) {
-    float a[16];
-    memcpy(a, &v, sizeof a);
-    for (int i = 0; i < 8; i++) a[i] = a[i] > a[i + 8] ? a[i] : a[i + 8];
-    for (int i = 0; i < 4; i++) a[i] = a[i] > a[i + 4] ? a[i] : a[i + 4];
-    float x = a[0] > a[2] ? a[0] : a[2], y = a[1] > a[3] ? a[1] : a[3];
-    return x > y ? x : y;
+    const v8 lo = half8(v, 0), hi = half8(v, 1);
+    const v4 a = max4(max4(half4(lo, 0), half4(lo, 1)), max4(half4(hi, 0), half4(hi, 1)));
+    const v4 b = max4(a, __builtin_shuffle(a, (i4){2, 3, 0, 1}));
+    return b[0] > b[1] ? b[0] : b[1];
 }
+
+static inline v16 max_v(v16 a, v16 b) { return select16(a > b, a, b); }
 
 // exp of x <= 88, about 2 ulp; 0 below -87.
 static inline v16 exp16(v16 x) {

@@ -9,6 +9,8 @@ Shapes: T rows, H query heads, G key/value heads, D head size, B tokens per bloc
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -63,16 +65,29 @@ class _Cache:
     group: int
 
 
+def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeroed memory for a cache. On CPU in huge pages where the system grants them: blocks lie scattered, and with
+    small pages most of an attention's time goes into address translation. Raises ``ResourceError``.
+    """
+    try:
+        if like.device.type != "cpu":
+            return like.new_zeros(shape)
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        memory = mmap.mmap(-1, max(math.prod(shape) * like.element_size(), 1), flags=private)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+    except (RuntimeError, OSError) as error:
+        raise ResourceError(f"no memory for the KV cache: {str(error).splitlines()[0]}") from error
+
+
 def _allocate(
     groups: tuple[KVGroup, ...], shapes: tuple[tuple[int, ...], tuple[int, ...]], like: Tensor
 ) -> list[_Cache]:
     layers: dict[int, _Cache] = {}
-    try:
-        for index, group in enumerate(groups):
-            for layer in group.layers:
-                layers[layer] = _Cache(like.new_zeros(shapes[0]), like.new_zeros(shapes[1]), index)
-    except RuntimeError as error:
-        raise ResourceError(f"no memory for the KV cache: {str(error).splitlines()[0]}") from error
+    for index, group in enumerate(groups):
+        for layer in group.layers:
+            layers[layer] = _Cache(zeros(shapes[0], like), zeros(shapes[1], like), index)
     return [layers[i] for i in range(len(layers))]
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TILE_ROWS = 16
+linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
 
 
 class PackedLinear(nn.Module):
@@ -24,7 +25,7 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x_TK: Tensor) -> Tensor:
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x_TK, self.packed, self.bias, "none", [], ""))
+        return cast(Tensor, linear_pointwise(x_TK, self.packed, self.bias, "none", [], ""))
 
 
 class TiledLinear(nn.Module):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,24 +45,20 @@ PICTURE = Path(__file__).parents[3] / "docs" / "img" / "embedded-loss.svg"
 CONSOLE = Console()
 
 
-def _spec(hidden_size: int, n_layers: int, n_heads: int, intermediate_size: int) -> ModelSpec:
-    return ModelSpec(
-        family="qwen3",
-        vocab_size=VOCABULARY,
-        hidden_size=hidden_size,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=1,
-        head_dim=64,
-        intermediate_size=intermediate_size,
-        max_position=CONTEXT,
-        qk_norm=True,
-        tie_embeddings=True,
-    )
-
-
-TARGET = _spec(hidden_size=192, n_layers=12, n_heads=3, intermediate_size=512)
-DRAFT = _spec(hidden_size=128, n_layers=2, n_heads=2, intermediate_size=320)
+TARGET = ModelSpec(
+    family="qwen3",
+    vocab_size=VOCABULARY,
+    hidden_size=192,
+    n_layers=12,
+    n_heads=3,
+    n_kv_heads=1,
+    head_dim=64,
+    intermediate_size=512,
+    max_position=CONTEXT,
+    qk_norm=True,
+    tie_embeddings=True,
+)
+DRAFT = replace(TARGET, n_layers=2)
 
 
 @dataclass(frozen=True)
@@ -84,11 +80,12 @@ def train_plan(decay_at: int, stop: int, batch_tokens: int) -> Plan:
 
 def sft_plan(stop: int) -> Plan:
     """Short: a low rate, falling from the start."""
-    return Plan(Wsd(10, 10, stop), 8192, Lengths(((0, 512),)), Rates(matrix=1e-3, vector=5e-4))
+    return Plan(Wsd(10, 10, stop), 4096, Lengths(((0, 512),)), Rates(matrix=1e-3, vector=5e-4))
 
 
 def draft_plan(decay_at: int, stop: int) -> Plan:
-    return Plan(Wsd(40, decay_at, stop), 8192, Lengths(((0, 512),)), Rates(matrix=6e-3, vector=4e-3))
+    """Lower rates for vectors than the target's: the embedding is the target's own at the start."""
+    return Plan(Wsd(10, decay_at, stop), 8192, Lengths(((0, 512), (decay_at, 1024))), Rates(matrix=6e-3, vector=1e-3))
 
 
 def prepare(state: Path) -> tuple[Tokenizer, list[Tokens]]:
@@ -165,7 +162,7 @@ def sft(args: argparse.Namespace) -> bool:
     if not run.resume():
         loop.set_weights(run.model, checkpoint.load(args.state / "target" / loop.NEWEST)[0])
     text = Rows(documents, SEED + 1)
-    objective = NextToken(Mixture(text, plan.lengths, plan.batch_tokens, _chats(vocabulary), chat_share=0.4))
+    objective = NextToken(Mixture(text, plan.lengths, plan.batch_tokens, _chats(vocabulary), chat_share=0.5))
     return _go("sft", run, objective)
 
 
@@ -175,7 +172,8 @@ def draft(args: argparse.Namespace) -> bool:
     vocabulary, documents = prepare(args.state)
     teacher = _finished(TARGET, args.state / "sft")
     run = _started(DRAFT, plan, args.state / "draft", SEED + 2)
-    run.resume()
+    if not run.resume():
+        loop.inherit(run.model, teacher, n_layers=1)
     mixture = Mixture(Rows(documents, SEED + 2), plan.lengths, plan.batch_tokens, _chats(vocabulary), chat_share=0.15)
     return _go("draft", run, NextToken(mixture, teacher=teacher, teacher_share=0.9))
 
@@ -231,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--stop", type=int, default=4200, help="train: last iteration")
     made.add_argument("--batch-tokens", type=int, default=4096, help="train: tokens per iteration")
     made.add_argument("--from-stable", action="store_true", help="train: go on from the state before the decay")
-    made.add_argument("--sft-stop", type=int, default=200, help="sft: iterations")
+    made.add_argument("--sft-stop", type=int, default=160, help="sft: iterations")
     made.add_argument("--draft-decay-at", type=int, default=300, help="draft: as --decay-at")
     made.add_argument("--draft-stop", type=int, default=500, help="draft: last iteration")
     made.add_argument("--stride", type=int, default=512, help="evaluate: tokens by which the window slides")

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: HTTP process, engine process, protocol, limits, metrics, events, the live page."""
