@@ -25,7 +25,18 @@ HEAVY = (
     "tenon.bench.limits",
 )
 # Exceptions from HEAVY: torch-free again.
-LIGHT = ("tenon.models.spec", "tenon.models.hf_config", "tenon.training.corpus", "tenon.training.tokenizer")
+LIGHT = (
+    "tenon.models.spec",
+    "tenon.models.hf_config",
+    "tenon.models.metadata",
+    "tenon.models.tokenizer",
+    "tenon.models.template",
+    "tenon.models.template_worker",
+    "tenon.models.generation",
+    "tenon.models.hub",
+    "tenon.training.corpus",
+    "tenon.training.tokenizer",
+)
 HEAVY_PACKAGES = ("torch", "transformers", "matplotlib")
 
 BANNED_IMPORTS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

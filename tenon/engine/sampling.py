@@ -113,8 +113,8 @@ def sample_rows(
     """Choose a token for each output that wants one; log-probabilities are of the unprocessed logits.
 
     ``noise`` and ``fast`` are a backend's quicker ways to the same numbers; ``greedy`` the rows' argmax where it has
-    them, and then rows that are greedy without edits need no logits. A row that cannot be sampled is an error of its
-    sequence alone.
+    them (-1 where there is none); logits of width 0 say that all rows are greedy and plain. A row that cannot be sampled
+    is an error of its sequence alone.
     """
     R = step.n_outputs
     k = max(0, int(step.params.n_logprobs.max(initial=-1)))
@@ -129,13 +129,16 @@ def sample_rows(
         start_s=0.0,
         end_s=0.0,
     )
-    plain = greedy is not None and not len(step.edit_token) and (step.bitmask_index < 0).all()
+    plain = greedy is not None and not len(step.edit_token) and bool((step.bitmask_index < 0).all())
+    if plain and greedy is not None and logits_RV.shape[1] == 0:
+        result.ids[:] = greedy
+        return result
     for r in range(R):
         p = int(step.params_index[r])
         n_logprobs = int(step.params.n_logprobs[p])
         try:
             if step.want[r] & SAMPLE:
-                if plain and greedy is not None and step.params.temperature[p] == 0:
+                if plain and greedy is not None and step.params.temperature[p] == 0 and greedy[r] >= 0:
                     result.ids[r] = greedy[r]
                 else:
                     result.ids[r] = choose(edited(logits_RV[r], step, r), step, r, noise or philox.noise, fast)

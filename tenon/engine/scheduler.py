@@ -232,6 +232,8 @@ class Scheduler:
             return i < seq.n_blocks and self.pools[0].ref[seq.tables[0][i]] > 1
 
         # A pinned sequence holds blocks beyond ``n_tokens``: those are no credit towards the copy of a shared one.
+        if n_blocks <= seq.n_blocks and not shares_partial():
+            return True
         while min(pool.n_available for pool in self.pools) < max(0, n_blocks - seq.n_blocks) + shares_partial():
             victim = self._victim(seq, scheduled)
             if victim is None:

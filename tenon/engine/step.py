@@ -16,7 +16,7 @@ Lengths: T rows, S spans, R outputs, P rows of the parameter table, B bit masks,
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -39,6 +39,9 @@ EDIT_ADD: Final = 0
 EDIT_BAN: Final = 1
 EDIT_REPEAT: Final = 2
 """Edits of one logit: add a value, forbid the token, or the multiplicative repetition penalty."""
+
+
+_Part = TypeVar("_Part", "GroupStep", "Params", "Step")
 
 
 def _i32(*shape: int) -> I32:
@@ -136,11 +139,16 @@ class Step:
         """The inverse of :meth:`pack`. Raises ``ProtocolError`` for anything else."""
         try:
             raw = msgspec.msgpack.decode(data)
-            raw["groups"] = tuple(GroupStep(**_arrays(g)) for g in raw["groups"])
-            raw["params"] = Params(**_arrays(raw["params"]))
-            return Step(**_arrays(raw))
-        except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raw["groups"] = tuple(_from_plain(GroupStep, g) for g in raw["groups"])
+            raw["params"] = _from_plain(Params, raw["params"])
+            return _from_plain(Step, raw)
+        except _MALFORMED as error:
             raise ProtocolError(f"these {len(data)} bytes are not a Step: {error}") from error
+
+
+_MALFORMED: Final = (
+    msgspec.DecodeError, KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
 
 
 def _to_plain(value: Any) -> Any:
@@ -154,15 +162,29 @@ def _to_plain(value: Any) -> Any:
     return value
 
 
-_DTYPES = frozenset(np.dtype(t).str for t in (np.int32, np.int64, np.uint64, np.uint32, np.uint8, np.float32))
+_DTYPES: Final[dict[str, type[np.generic]]] = {
+    "I32": np.int32, "I64": np.int64, "U64": np.uint64, "U32": np.uint32, "U8": np.uint8, "F32": np.float32,
+}  # fmt: skip
+_MATRICES: Final = frozenset({"moves", "transfers", "bitmask"})
 
 
-def _arrays(raw: dict[str, Any]) -> dict[str, Any]:
-    out = dict(raw)
-    for name, value in raw.items():
-        if isinstance(value, list) and len(value) == 3 and value[0] in _DTYPES:
-            out[name] = np.frombuffer(value[2], dtype=value[0]).reshape(value[1])
-    return out
+def _from_plain(kind: type[_Part], raw: dict[str, Any]) -> _Part:
+    """``kind`` from what ``_to_plain`` made of it; each field's type and number of axes as declared."""
+    values: dict[str, Any] = {}
+    for f in fields(kind):
+        value = raw.pop(f.name)
+        if f.type in _DTYPES:
+            name, shape, content = value
+            axes = 2 if f.name in _MATRICES else 1
+            if name != np.dtype(_DTYPES[f.type]).str or len(shape) != axes or min(shape) < 0:
+                raise ValueError(f"{f.name} must be {f.type}, is {name} of shape {shape}")
+            value = np.frombuffer(content, dtype=name).reshape(shape)
+        elif f.type in ("int", "str") and type(value).__name__ != f.type:
+            raise TypeError(f"{f.name} must be {f.type}, is {type(value).__name__}")
+        values[f.name] = value
+    if raw:
+        raise ValueError(f"unknown fields {sorted(raw)}")
+    return kind(**values)
 
 
 @dataclass

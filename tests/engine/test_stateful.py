@@ -32,6 +32,8 @@ class Serving(RuleBasedStateMachine):
     """One engine on the hash executor, whose tokens reveal any stale, foreign or missing key and value."""
 
     engine: Engine
+    n_steps = 0
+    """Engine steps over all examples."""
 
     @initialize(config=CONFIGS)
     def start(self, config: dict[str, int]) -> None:
@@ -75,6 +77,7 @@ class Serving(RuleBasedStateMachine):
             self.once()
 
     def once(self) -> None:
+        Serving.n_steps += 1
         for delta in self.engine.tick(0.0):
             key = delta.request_id, delta.index
             assert key not in self.reasons
@@ -162,4 +165,6 @@ def test_serving_in_any_order() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ten_thousand_steps_in_any_order() -> None:
-    check(examples=250, steps=40)
+    before = Serving.n_steps
+    check(examples=300, steps=40)
+    assert Serving.n_steps - before >= 10_000

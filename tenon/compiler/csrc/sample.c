@@ -1,6 +1,23 @@
 // The one randomness rule on CPU: Gumbel-max with Philox4x32-10 noise, fp64. Agrees with base/philox.py.
-#include <math.h>
-#include <stdint.h>
+#include "simd.h"
+
+enum { PARALLEL = 65536 };
+
+#define SCALAR float
+#define LOAD load_f
+#define TO_F to_f
+#define NAME(x) x##_f32
+#include "argmax_body.h"
+#undef SCALAR
+#undef LOAD
+#undef TO_F
+#undef NAME
+
+#define SCALAR bf16
+#define LOAD load_b
+#define TO_F b_to_f
+#define NAME(x) x##_bf16
+#include "argmax_body.h"
 
 static void philox(const uint32_t counter[4], uint64_t seed, uint32_t out[4]) {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];

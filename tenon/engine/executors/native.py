@@ -51,6 +51,7 @@ class Native:
         self.add_norm: Entry = {}
         self.heads: Entry = {}
         self.swiglu: Entry = {}
+        self._argmax: Entry = {}
         for dtype, suffix in SUFFIX.items():
             for table, name, arguments, result in (
                 (self.attend, "attend", (P, F, P, P, P, P, P, P), c_int32),
@@ -60,6 +61,7 @@ class Native:
                 (self.add_norm, "add_norm", (P, P, P, F, I, I, P), None),
                 (self.heads, "heads", (P, P, P, F, P, P, I, I, I, I, P, P, P), None),
                 (self.swiglu, "swiglu", (P, I, I, P), None),
+                (self._argmax, "argmax", (P, I, I, P), None),
             ):
                 function = lib[f"tenon_{name}_{suffix}"]
                 function.argtypes, function.restype = arguments, result
@@ -74,6 +76,13 @@ class Native:
         tokens = np.ascontiguousarray(tokens, np.int64)
         out = np.empty(len(tokens), np.float64)
         self._noise(seed, sample, position, tokens.ctypes.data, len(tokens), out.ctypes.data)
+        return out
+
+    def argmax(self, logits_RV: Tensor) -> NDArray[np.int64]:
+        """(R,) best ids; -1 where a row has no finite value or a NaN."""
+        R, V = logits_RV.shape
+        out = np.empty(R, np.int64)
+        self._argmax[logits_RV.dtype](logits_RV.data_ptr(), R, V, out.ctypes.data)
         return out
 
     def choose(self, logits_V: NDArray[np.float32], temperature: float, seed: int, sample: int, position: int) -> int:

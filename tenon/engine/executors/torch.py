@@ -15,6 +15,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tenon.base.clock import SYSTEM, Clock
@@ -166,7 +167,7 @@ class TorchExecutor:
         length = min(self._config.max_model_len or self.spec.max_position, self.spec.max_position)
         maths.cos_sin = _Positions(model, length).cos_sin  # type: ignore[method-assign]
         maths.experts = _tiled_experts if self._invariant else experts  # type: ignore[method-assign]
-        self._model, self._maths = model, maths
+        self.model, self._maths = model, maths
 
     @property
     def caps(self) -> Caps:
@@ -196,7 +197,7 @@ class TorchExecutor:
         self._attention.begin(step)
         tok_T = torch.from_numpy(tok.astype(np.int64)).to(self._device)
         pos_T = torch.from_numpy(step.pos.astype(np.int64)).to(self._device)
-        return self._model.hidden(tok_T, pos_T, self._attention.attend, self._maths)
+        return self.model.hidden(tok_T, pos_T, self._attention.attend, self._maths)
 
     @torch.inference_mode()
     def logits(self, step: Step) -> Tensor:
@@ -206,7 +207,7 @@ class TorchExecutor:
         self._wanted = hidden_TM[torch.from_numpy(rows.astype(np.int64)).to(self._device)]
         if not len(rows):
             return hidden_TM.new_zeros((0, self.spec.vocab_size))
-        logits = self._model.logits(self._wanted)
+        logits = self.model.logits(self._wanted)
         return logits if len(back) == len(rows) else logits[torch.from_numpy(back).to(self._device)]
 
     def submit(self, step: Step) -> Ticket:
@@ -225,14 +226,26 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def _sample(self, step: Step, logits_RV: Tensor) -> StepResult:
-        greedy = logits_RV.argmax(-1).cpu().numpy() if len(logits_RV) else np.zeros(0, np.int64)
-        bad = ~torch.isfinite(logits_RV.amax(-1)).cpu().numpy() if len(logits_RV) else np.zeros(0, bool)
-        temperatures = step.params.temperature[step.params_index]
-        plain = (temperatures == 0) & (step.want == SAMPLE) & (step.params.n_logprobs[step.params_index] < 0)
-        needs_host = not (plain.all() and (step.bitmask_index < 0).all() and not len(step.edit_token)) or bad.any()
-        host = logits_RV.float().cpu().numpy() if needs_host else np.zeros((step.n_outputs, 0), np.float32)
+        """Tokens of the outputs; rows that are greedy and plain never leave the device as logits."""
+        greedy = self._greedy(logits_RV)
+        temperature = step.params.temperature[step.params_index]
+        plain = (temperature == 0) & (step.want == SAMPLE) & (step.params.n_logprobs[step.params_index] < 0)
+        on_device = plain.all() and (step.bitmask_index < 0).all() and not len(step.edit_token)
+        if on_device and (greedy >= 0).all():
+            host = np.zeros((step.n_outputs, 0), np.float32)
+        else:
+            host = logits_RV.float().cpu().numpy()
         noise, fast = (self._native.noise, self._native.choose) if self._native is not None else (None, None)
-        return sample_rows(step, host, noise, None if bad.any() else greedy, fast)
+        return sample_rows(step, host, noise, greedy, fast)
+
+    def _greedy(self, logits_RV: Tensor) -> NDArray[np.int64]:
+        """(R,) best ids; -1 where a row has no finite value or a NaN."""
+        if self._native is not None and logits_RV.dtype in native.SUFFIX and logits_RV.is_contiguous():
+            return self._native.argmax(logits_RV)
+        if not len(logits_RV):
+            return np.zeros(0, np.int64)
+        best, ids = logits_RV.max(-1)
+        return torch.where(torch.isfinite(best), ids, -1).cpu().numpy()
 
     def poll(self, ticket: Ticket) -> StepResult:
         return self._results.pop(ticket)
@@ -247,4 +260,4 @@ class TorchExecutor:
     def close(self) -> None:
         if self._results:
             raise IntegrityError(f"{len(self._results)} submitted steps were never polled")
-        del self._model
+        del self.model
