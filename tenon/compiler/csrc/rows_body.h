@@ -1,5 +1,5 @@
-// Row-wise maths, included once per storage type with SCALAR, TO_F, FROM_F, NAME(x) defined.
-// A row's bits depend on the row alone: sums run in one fixed order.
+// Row-wise maths, included once per storage type with SCALAR, LOAD, STORE, TO_F, FROM_F, NAME(x) defined.
+// A row's bits depend on the row alone: sums run in one fixed order. Sixteen lanes at a time, the rest one by one.
 
 static inline float NAME(mean_square)(const float *x, int64_t n) {
     v16 sum = {};
@@ -13,18 +13,33 @@ static inline float NAME(mean_square)(const float *x, int64_t n) {
     return (sum16(sum) + rest) / (float)n;
 }
 
-// out = weight * x / rms(x), rows of n.
-static inline void NAME(norm_row)(const float *x, const SCALAR *weight, float eps, int64_t n, SCALAR *out) {
-    const float r = 1.0f / sqrtf(NAME(mean_square)(x, n) + eps);
-    for (int64_t i = 0; i < n; i++) out[i] = FROM_F(x[i] * r * TO_F(weight[i]));
+// x *= factor * weight
+static inline void NAME(scale)(float *x, float factor, const SCALAR *weight, int64_t n) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store_f(x + i, load_f(x + i) * factor * LOAD(weight + i));
+    for (; i < n; i++) x[i] = x[i] * factor * TO_F(weight[i]);
 }
 
+static inline void NAME(widen)(const SCALAR *x, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store_f(out + i, LOAD(x + i));
+    for (; i < n; i++) out[i] = TO_F(x[i]);
+}
+
+static inline void NAME(narrow)(const float *x, int64_t n, SCALAR *out) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) STORE(out + i, load_f(x + i));
+    for (; i < n; i++) out[i] = FROM_F(x[i]);
+}
+
+// out = weight * x / rms(x), rows of n.
 void NAME(tenon_norm)(const SCALAR *x, const SCALAR *weight, float eps, int64_t rows, int64_t n, SCALAR *out) {
 #pragma omp parallel for schedule(static) if (rows * n > PARALLEL)
     for (int64_t r = 0; r < rows; r++) {
         float buffer[n];
-        for (int64_t i = 0; i < n; i++) buffer[i] = TO_F(x[r * n + i]);
-        NAME(norm_row)(buffer, weight, eps, n, out + r * n);
+        NAME(widen)(x + r * n, n, buffer);
+        NAME(scale)(buffer, 1.0f / sqrtf(NAME(mean_square)(buffer, n) + eps), weight, n);
+        NAME(narrow)(buffer, n, out + r * n);
     }
 }
 
@@ -36,11 +51,17 @@ void NAME(tenon_add_norm)(
         float buffer[n];
         SCALAR *hr = h + r * n;
         const SCALAR *dr = delta + r * n;
-        for (int64_t i = 0; i < n; i++) {
+        int64_t i = 0;
+        for (; i + 16 <= n; i += 16) {
+            STORE(hr + i, LOAD(hr + i) + LOAD(dr + i));
+            store_f(buffer + i, LOAD(hr + i));
+        }
+        for (; i < n; i++) {
             hr[i] = FROM_F(TO_F(hr[i]) + TO_F(dr[i]));
             buffer[i] = TO_F(hr[i]);
         }
-        NAME(norm_row)(buffer, weight, eps, n, out + r * n);
+        NAME(scale)(buffer, 1.0f / sqrtf(NAME(mean_square)(buffer, n) + eps), weight, n);
+        NAME(narrow)(buffer, n, out + r * n);
     }
 }
 
@@ -54,15 +75,17 @@ void NAME(tenon_heads)(
         const float *c = cosine + r * half, *s = sine + r * half;
         float x[D];
         for (int64_t h = 0; h < H + G; h++) {
-            const SCALAR *src = qkv + r * N + h * D;
             SCALAR *dst = h < H ? q + (r * H + h) * D : k + (r * G + h - H) * D;
             const SCALAR *weight = h < H ? q_norm : k_norm;
-            for (int64_t d = 0; d < D; d++) x[d] = TO_F(src[d]);
-            if (weight) {
-                const float f = 1.0f / sqrtf(NAME(mean_square)(x, D) + eps);
-                for (int64_t d = 0; d < D; d++) x[d] = x[d] * f * TO_F(weight[d]);
+            NAME(widen)(qkv + r * N + h * D, D, x);
+            if (weight) NAME(scale)(x, 1.0f / sqrtf(NAME(mean_square)(x, D) + eps), weight, D);
+            int64_t d = 0;
+            for (; d + 16 <= half; d += 16) {
+                const v16 a = load_f(x + d), b = load_f(x + d + half), cd = load_f(c + d), sd = load_f(s + d);
+                STORE(dst + d, a * cd - b * sd);
+                STORE(dst + d + half, b * cd + a * sd);
             }
-            for (int64_t d = 0; d < half; d++) {
+            for (; d < half; d++) {
                 dst[d] = FROM_F(x[d] * c[d] - x[d + half] * s[d]);
                 dst[d + half] = FROM_F(x[d + half] * c[d] + x[d] * s[d]);
             }

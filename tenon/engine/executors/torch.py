@@ -205,15 +205,26 @@ class TorchExecutor:
         rows, back = np.unique(step.out_row, return_inverse=True)
         hidden_TM = self.hidden(step)
         self._wanted = hidden_TM[torch.from_numpy(rows.astype(np.int64)).to(self._device)]
+        # Decoding rows are all sampled, and sampling finds what is not finite; a chunk's rows are looked at here.
+        self._spoilt = self._not_finite(step, hidden_TM) if step.n_rows > len(rows) else []
         if not len(rows):
             return hidden_TM.new_zeros((0, self.spec.vocab_size))
         logits = self.model.logits(self._wanted)
         return logits if len(back) == len(rows) else logits[torch.from_numpy(back).to(self._device)]
 
+    @staticmethod
+    def _not_finite(step: Step, hidden_TM: Tensor) -> list[int]:
+        """Sequences with a row that is not finite: what they wrote must not be offered to others, sampled or not."""
+        rows = np.flatnonzero(~torch.isfinite(hidden_TM).all(-1).cpu().numpy())
+        spans = np.searchsorted(step.q_start, rows, side="right") - 1
+        return np.unique(step.seq[spans]).tolist()
+
     def submit(self, step: Step) -> Ticket:
         start_s = self._clock.now_s()
         logits_RV = self.logits(step)
         result = self._sample(step, logits_RV)
+        for seq in self._spoilt:
+            result.errors.setdefault(seq, "a hidden state is not finite")
         hidden = np.flatnonzero(step.want & HIDDEN)
         if len(hidden):
             rows = np.unique(step.out_row, return_inverse=True)[1][hidden]

@@ -1,0 +1,191 @@
+"""The C kernels against plain torch and numpy: attention over paged caches, row-wise maths, noise and choice."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tenon.base import philox
+from tenon.engine.executors import native
+from tenon.engine.executors.attention import NativeAttention, TorchAttention
+from tenon.engine.executors.native import NativeMaths
+from tenon.engine.sampling import sample_rows
+from tenon.engine.step import Step
+from tenon.models.decoder import Maths
+from tenon.models.spec import ModelSpec
+from tests.engine.build import Run, step
+from tests.engine.test_sampling import rows as logit_rows
+from tests.engine.test_sampling import step_of
+
+pytestmark = pytest.mark.torch
+FP32, BF16 = torch.float32, torch.bfloat16
+CLOSE = {FP32: 2e-6, BF16: 2.0**-8}
+"""Largest error over the largest value: a few roundings of fp32, one of bf16."""
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def error(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right.double()).abs().max() / right.double().abs().max())
+
+
+@dataclass(frozen=True)
+class Shape:
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    window: int | None = None
+    block_tokens: int = 16
+
+
+SHAPES = [
+    Shape(4, 4, 32),
+    Shape(8, 2, 64, block_tokens=32),
+    Shape(5, 1, 96, 13),
+    Shape(6, 2, 128, 40, 64),
+    Shape(14, 2, 64, 1),
+    Shape(9, 3, 64, 16, 128),
+    Shape(2, 1, 256),
+]
+
+
+def steps(size: int, seed: int) -> list[Step]:
+    """Prefill, a mix of decodes and chunks, a rebuilt hole beside later spans, two trees; positions to about 200."""
+    rng = np.random.default_rng(seed)
+    n = -(-256 // size)
+    tables = rng.permutation(np.arange(1, 4 * n + 1)).reshape(4, n).tolist()
+    spare = (4 * n + 1) * size
+
+    def run(seq: int, start: int, end: int) -> Run:
+        return Run(seq, [0] * (end - start), list(range(start, end)), [tables[seq][: -(-end // size)]], [0])
+
+    def tree(seq: int, start: int, parent: list[int], spare: int) -> Run:
+        depth: list[int] = []
+        for p in parent:
+            depth.append(0 if p < 0 else depth[p] + 1)
+        table = tables[seq][: start // size + 1]
+        slots = [table[start // size] * size + start % size, *range(spare, spare + len(parent) - 1)]
+        return Run(seq, [0] * len(parent), [start + d for d in depth], [table], [0], parent, [slots])
+
+    a, b = int(rng.integers(49, 130)), int(rng.integers(1, 40))
+    random_tree = [-1, *(int(rng.integers(0, i)) for i in range(1, 20))]
+    return [
+        step([run(0, 0, a), run(1, 0, b), run(2, 0, 17), run(3, 0, 1)], size),
+        step([run(0, a, a + 1), run(1, b, b + 60), run(2, 17, 20), run(3, 1, 2), run(0, a + 1, a + 3)], size),
+        step([run(0, 16, 35), run(1, b + 60, b + 61), run(0, a + 3, a + 70)], size),
+        step([tree(0, a + 70, random_tree, spare), run(1, b + 61, b + 63), tree(2, 20, list(range(-1, 30)), spare + 32)], size),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_equals_gathered_attention(shape: Shape, invariant: bool, dtype: torch.dtype) -> None:
+    H, G, D, size = shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.block_tokens
+    spec = ModelSpec("llama", 10, H * D, 1, H, G, D, 8, 512, windows=(shape.window,))
+    ours = NativeAttention(spec, dtype, native.load(), invariant=invariant)
+    plain = TorchAttention(spec, torch.float64, torch.device("cpu"))
+    groups = spec.kv_groups("m", size, 4)
+    for attention in (ours, plain):
+        attention.allocate(groups, 4 * -(-256 // size) + 1 + -(-64 // size))
+    for i, made in enumerate(steps(size, seed=H)):
+        T = made.n_rows
+        q, k, v = (normal(10 * i + j, T, n, D, dtype=dtype) for j, n in enumerate((H, G, G)))
+        k = k * 3
+        ours.begin(made)
+        plain.begin(made)
+        found = ours.attend(q, k, v, 0, D**-0.5, shape.window or 0)
+        right = plain.attend(q.double(), k.double(), v.double(), 0, D**-0.5, shape.window or 0)
+        assert error(found, right) <= 2 * CLOSE[dtype], i
+
+
+SPECS = [ModelSpec("llama", 10, 64, 1, h, g, d, 8, 512) for h, g, d in ((4, 2, 16), (3, 1, 32), (5, 5, 80), (2, 2, 6))]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("n", [1, 15, 16, 33, 576])
+def test_norms_and_gates_equal_the_plain_maths(n: int, dtype: torch.dtype) -> None:
+    ours, plain = NativeMaths(native.load(), dtype), Maths()
+    x, delta = normal(1, 37, n, dtype=dtype), normal(2, 37, n, dtype=dtype)
+    weight, gate_up = normal(3, n, dtype=dtype), normal(4, 37, 2 * n, dtype=dtype) * 4
+    wide = x.double(), delta.double(), weight.double()
+    assert error(ours.norm(x, weight, 1e-6), plain.norm(wide[0], wide[2], 1e-6)) <= CLOSE[dtype]
+    assert error(ours.swiglu(gate_up), plain.swiglu(gate_up.double())) <= CLOSE[dtype]
+    right_sum, right_norm = plain.add_norm(wide[0], wide[1], wide[2], 1e-6)
+    found_sum, found_norm = ours.add_norm(x.clone(), delta, weight, 1e-6)
+    assert error(found_sum, right_sum) <= CLOSE[dtype]
+    assert error(found_norm, right_norm) <= 2 * CLOSE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.n_heads}-{s.n_kv_heads}-{s.head_dim}")
+def test_heads_are_split_normed_and_rotated_as_in_plain_maths(spec: ModelSpec, normed: bool, dtype: torch.dtype) -> None:
+    T, D = 11, spec.head_dim
+    qkv = normal(1, T, spec.q_size + 2 * spec.kv_size, dtype=dtype)
+    norms = (normal(2, D, dtype=dtype), normal(3, D, dtype=dtype)) if normed else (None, None)
+    angle = normal(4, T, D // 2) * 100
+    found = NativeMaths(native.load(), dtype).heads(qkv, spec, *norms, angle.cos(), angle.sin())
+    wide = [None if w is None else w.double() for w in norms]
+    right = Maths().heads(qkv.double(), spec, wide[0], wide[1], angle.cos().double(), angle.sin().double())
+    for ours, theirs in zip(found, right, strict=True):
+        assert error(ours, theirs) <= 2 * CLOSE[dtype]
+
+
+def test_extremes_of_the_gate_stay_finite() -> None:
+    x = torch.tensor([[-1e4, -100.0, -88.0, 0.0, 88.0, 1e4, -1e30, 3.0] + [1.0] * 24], dtype=FP32)
+    found = NativeMaths(native.load(), FP32).swiglu(x)
+    torch.testing.assert_close(found, Maths().swiglu(x))
+
+
+def test_the_noise_is_numpy_s() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        key = int(rng.integers(0, 2**63)) * 2 + 1, int(rng.integers(0, 64)), int(rng.integers(0, 2**31))
+        tokens = np.sort(rng.integers(0, 200_000, 500))
+        assert np.abs(native.load().noise(*key, tokens) - philox.noise(*key, tokens)).max() < 1e-12
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_the_choice_is_numpy_s(temperature: float) -> None:
+    logits = logit_rows(300, 3.0)
+    plain = sample_rows(step_of(300, temperature=temperature, seed=5), logits)
+    fast = sample_rows(step_of(300, temperature=temperature, seed=5), logits, fast=native.load().choose)
+    assert plain.ids.tolist() == fast.ids.tolist()
+
+
+def test_choices_at_20_000_positions_follow_the_softmax() -> None:
+    n, logits = 20_000, logit_rows(1, 1.5, seed=4)[0, :24].copy()
+    choose = native.load().choose
+    counts = np.bincount([choose(logits, 1.0, 123, 0, r) for r in range(n)], minlength=24)
+    expected = n * np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    chi2 = float(((counts - expected) ** 2 / expected).sum())
+    assert chi2 < 23 + 4 * math.sqrt(2 * 23)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_argmax_takes_the_first_of_equals_and_marks_what_is_not_finite(dtype: torch.dtype) -> None:
+    logits = normal(1, 6, 1003, dtype=dtype)
+    logits[0, [40, 900]] = 9
+    logits[1, 1002] = 9
+    logits[2, 7] = float("nan")
+    logits[3] = float("-inf")
+    logits[4, 3] = float("inf")
+    logits[5, 0] = 9
+    assert native.load().argmax(logits).tolist() == [40, 1002, -1, -1, -1, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_choice_among_what_is_not_finite_is_refused(bad: float) -> None:
+    logits: np.ndarray[Any, Any] = logit_rows(1)[0].copy()
+    logits[9] = bad
+    with pytest.raises(ValueError, match="finite"):
+        native.load().choose(logits, 1.0, 0, 0, 0)
