@@ -54,7 +54,9 @@ def prompts(cell: dict[str, Any], sample: int) -> list[list[int]]:
     """Token ids of one sample: the same for every contender, never the same twice within a run."""
     rng = random.Random(f"{cell['shape']} {sample}")
     vocab = SHAPES[cell["shape"]]["vocab_size"]
-    return [[rng.randrange(vocab) for _ in range(cell["context"])] for _ in range(1 if cell["shared"] else cell["batch"])]
+    return [
+        [rng.randrange(vocab) for _ in range(cell["context"])] for _ in range(1 if cell["shared"] else cell["batch"])
+    ]
 
 
 class Tenon:

@@ -137,7 +137,9 @@ class LLM:
                 answers.append(answer)
                 names[add.request_id] = answer
                 for output in answer.outputs:
-                    streams[add.request_id, output.index] = _Stream(Detokenizer(self.tokenizer, at_start=False), output, p.stop)
+                    streams[add.request_id, output.index] = _Stream(
+                        Detokenizer(self.tokenizer, at_start=False), output, p.stop
+                    )
                 self.engine.add(add)
         except RequestError:
             for name in names:

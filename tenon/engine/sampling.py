@@ -113,8 +113,8 @@ def sample_rows(
     """Choose a token for each output that wants one; log-probabilities are of the unprocessed logits.
 
     ``noise`` and ``fast`` are a backend's quicker ways to the same numbers; ``greedy`` the rows' argmax where it has
-    them (-1 where there is none); logits of width 0 say that all rows are greedy and plain. A row that cannot be sampled
-    is an error of its sequence alone.
+    them (-1 where there is none); logits of width 0 say that all rows are greedy and plain. A row that cannot be
+    sampled is an error of its sequence alone.
     """
     R = step.n_outputs
     k = max(0, int(step.params.n_logprobs.max(initial=-1)))

@@ -23,7 +23,9 @@ POISON = 7
 RNG = np.random.default_rng(0)
 SHARED = tuple(RNG.integers(10, 90, 24).tolist())
 GOOD = [
-    Add(f"good{i}", (*SHARED[: 8 * (i % 4)], *RNG.integers(10, 90, 5 + 9 * i).tolist()), 12, i, temperature=float(i % 2))
+    Add(
+        f"good{i}", (*SHARED[: 8 * (i % 4)], *RNG.integers(10, 90, 5 + 9 * i).tolist()), 12, i, temperature=float(i % 2)
+    )
     for i in range(6)
 ]
 BAD = [
@@ -34,7 +36,9 @@ BAD = [
 ]
 
 
-@pytest.fixture(scope="module", params=[("kernel", "float32", 32), ("kernel", "bfloat16", 32), ("torch", "float32", 16)])
+@pytest.fixture(
+    scope="module", params=[("kernel", "float32", 32), ("kernel", "bfloat16", 32), ("torch", "float32", 16)]
+)
 def poisoned(request: pytest.FixtureRequest) -> Callable[..., Engine]:
     """Engines over a model in which one token's embedding is NaN."""
     _, dtype, head_dim = request.param

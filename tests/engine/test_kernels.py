@@ -81,7 +81,10 @@ def steps(size: int, seed: int) -> list[Step]:
         step([run(0, 0, a), run(1, 0, b), run(2, 0, 17), run(3, 0, 1)], size),
         step([run(0, a, a + 1), run(1, b, b + 60), run(2, 17, 20), run(3, 1, 2), run(0, a + 1, a + 3)], size),
         step([run(0, 16, 35), run(1, b + 60, b + 61), run(0, a + 3, a + 70)], size),
-        step([tree(0, a + 70, random_tree, spare), run(1, b + 61, b + 63), tree(2, 20, list(range(-1, 30)), spare + 32)], size),
+        step(
+            [tree(0, a + 70, random_tree, spare), run(1, b + 61, b + 63), tree(2, 20, list(range(-1, 30)), spare + 32)],
+            size,
+        ),
     ]
 
 
@@ -128,7 +131,9 @@ def test_norms_and_gates_equal_the_plain_maths(n: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.n_heads}-{s.n_kv_heads}-{s.head_dim}")
-def test_heads_are_split_normed_and_rotated_as_in_plain_maths(spec: ModelSpec, normed: bool, dtype: torch.dtype) -> None:
+def test_heads_are_split_normed_and_rotated_as_in_plain_maths(
+    spec: ModelSpec, normed: bool, dtype: torch.dtype
+) -> None:
     T, D = 11, spec.head_dim
     qkv = normal(1, T, spec.q_size + 2 * spec.kv_size, dtype=dtype)
     norms = (normal(2, D, dtype=dtype), normal(3, D, dtype=dtype)) if normed else (None, None)

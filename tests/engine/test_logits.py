@@ -89,7 +89,9 @@ def test_greedy_tokens_are_those_of_the_reference(name: str, lab: Labs, record_p
     adds = [Add(f"g{i}", ids(rng, int(rng.integers(4, 60))), 64, 0, temperature=0.0) for i in range(20)]
     served = it.serve(adds, n_blocks=200, max_step_tokens=256)
     whole = 0
-    for add, right in zip(adds, it.references((*a.prompt, *served.outputs[a.request_id, 0]) for a in adds), strict=True):
+    for add, right in zip(
+        adds, it.references((*a.prompt, *served.outputs[a.request_id, 0]) for a in adds), strict=True
+    ):
         tokens = torch.tensor(served.outputs[add.request_id, 0])
         logits = right[len(add.prompt) - 1 : -1]
         best = logits.topk(2, dim=-1).values

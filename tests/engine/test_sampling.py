@@ -51,7 +51,15 @@ def plain_survivors(logits: np.ndarray, temperature: float, top_k: int, top_p: f
 FILTERS = [
     {"temperature": t, "top_k": k, "top_p": p, "min_p": m}
     for t in (0.3, 1.0, 2.5)
-    for k, p, m in ((0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1), (40, 0.8, 0.05), (1, 0.5, 0.5), (500, 0.99, 0.0))
+    for k, p, m in (
+        (0, 1.0, 0.0),
+        (5, 1.0, 0.0),
+        (0, 0.9, 0.0),
+        (0, 1.0, 0.1),
+        (40, 0.8, 0.05),
+        (1, 0.5, 0.5),
+        (500, 0.99, 0.0),
+    )
 ]
 
 

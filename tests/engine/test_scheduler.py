@@ -134,7 +134,8 @@ def test_an_abort_frees_at_once_in_any_state(when: str) -> None:
     made = hash_engine(6, max_step_tokens=16, max_sequences=3, prefix_cache=False)
     if when == "preempted":
         made.add(ask("other", 14, 60))
-    made.add(ask("r", 14 if when == "preempted" else 30, 50 if when == "preempted" else 9, n=3 if when == "forked" else 1))
+    lengths = (14, 50) if when == "preempted" else (30, 9)
+    made.add(ask("r", *lengths, n=3 if when == "forked" else 1))
     seq = made.scheduler.requests["r"].seqs[0]
     reached = {
         "waiting": lambda: True,

@@ -100,7 +100,12 @@ except ConfigError as error:
     env = {name: value for name, value in os.environ.items() if name != "CC"}
     env |= {"PATH": str(tmp_path), "TENON_STATE": str(tmp_path / "state")}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=Path(__file__).parents[2], check=False
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=Path(__file__).parents[2],
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     n_tokens, notes, refused = done.stdout.splitlines()

@@ -245,27 +245,3 @@ int NAME(tenon_attend)(
     }
     return failed ? -1 : 0;
 }
-
-// Only the first half of the above: the backend attends by other means.
-void NAME(tenon_write)(const attend_step *a, const SCALAR *k, const SCALAR *v, SCALAR *kc, SCALAR *vc) {
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < a->n_rows; row++) NAME(write_kv)(a, row, k, v, kc, vc);
-}
-
-// Positions [0, n) of one sequence, from the cache into contiguous k, v [G, n, D].
-void NAME(tenon_gather)(
-    const attend_step *a, const int32_t *table, int64_t from, int64_t n, const SCALAR *kc, const SCALAR *vc, SCALAR *k,
-    SCALAR *v) {
-    const int64_t G = a->n_kv_heads, D = a->head_dim, B = a->block_tokens;
-#pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t g = 0; g < G; g++)
-        for (int64_t i = from / B; i < (from + n + B - 1) / B; i++) {
-            const int64_t lo = i * B < from ? from - i * B : 0, hi = (i + 1) * B > from + n ? from + n - i * B : B;
-            const SCALAR *ks = kc + (table[i] * G + g) * D * B, *vs = vc + (table[i] * G + g) * B * D;
-            for (int64_t j = lo; j < hi; j++) {
-                SCALAR *kd = k + (g * n + i * B + j - from) * D;
-                for (int64_t d = 0; d < D; d++) kd[d] = ks[d * B + j];
-                memcpy(v + (g * n + i * B + j - from) * D, vs + j * D, D * sizeof(SCALAR));
-            }
-        }
-}

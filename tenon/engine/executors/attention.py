@@ -1,7 +1,7 @@
 """Paged attention behind one face: ``begin`` reads a step's arrays once, ``attend`` runs once per layer.
 
 ``TorchAttention`` runs anywhere torch does, by gathering. ``NativeAttention`` (CPU) reads each KV byte in place, once
-per span, through the C kernel; long prefill chunks go to torch's flash attention in "fast" numerics.
+per span, through the C kernel.
 
 Shapes: T rows, H query heads, G key/value heads, D head size, B tokens per block, S spans, L context length.
 """
@@ -25,11 +25,8 @@ from tenon.engine.executors.native import SUFFIX, AttendStep, Native
 from tenon.engine.step import I32, GroupStep, Step
 from tenon.models.spec import KVGroup, ModelSpec
 
-FLASH_ROWS = 48
-"""From so many rows on, a chunk's attention is worth a matrix product."""
 ITEM_ROWS = 16
 """Rows of one span that the C kernel takes through a tile of keys together."""
-flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class Attention(Protocol):
@@ -172,22 +169,11 @@ class TorchAttention:
         return out_THD
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A long prefill chunk for flash attention: rows [r0, r1), positions [start, start + r1 - r0)."""
-
-    r0: int
-    r1: int
-    start: int
-    table: I32
-
-
 class NativeAttention:
     """The C kernel over K [block, G, D, B] and V [block, G, B, D]; CPU, fp32 or bf16."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, native: Native, *, invariant: bool) -> None:
-        self._spec, self._dtype, self._native, self._invariant = spec, dtype, native, invariant
-        self._attend, self._write, self._gather = native.attend[dtype], native.write[dtype], native.gather[dtype]
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, native: Native) -> None:
+        self._spec, self._dtype, self._attend = spec, dtype, native.attend[dtype]
 
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
         size = self._size = groups[0].block_tokens
@@ -214,26 +200,20 @@ class NativeAttention:
                 layer.k[tb, :, :, to] = layer.k[sb, :, :, so]
                 layer.v[tb, :, to] = layer.v[sb, :, so]
 
-    def _plan(self, step: Step, group: GroupStep, window: int) -> tuple[AttendStep, list[_Chunk]]:
-        """Cut the step into items: runs of chain rows, single tree rows; long plain chunks go to flash attention."""
+    def _plan(self, step: Step, group: GroupStep, window: int) -> AttendStep:
+        """Cut the step into items: runs of chain rows of one span, single tree rows."""
         row: list[int] = []
         n: list[int] = []
         table: list[int] = []
-        chunks: list[_Chunk] = []
         q_start, starts = step.q_start.tolist(), group.table_start.tolist()
         chain = not (step.parent >= 0).any()
         for s, (r0, r1) in enumerate(pairwise(q_start)):
-            if chain and r1 - r0 >= FLASH_ROWS and not self._invariant:
-                first, last = int(step.pos[r0]), int(step.pos[r1 - 1])
-                if last - first == r1 - r0 - 1 and not 0 < window <= last:
-                    chunks.append(_Chunk(r0, r1, first, group.table[starts[s] : starts[s + 1]]))
-                    continue
             at = r0
             while at < r1:
-                take = 1
-                if chain or step.parent[at] < 0:
-                    while take < ITEM_ROWS and at + take < r1 and (chain or step.parent[at + take] < 0):
-                        take += 1
+                take = min(ITEM_ROWS, r1 - at)
+                if not chain:
+                    trees = np.flatnonzero(step.parent[at : at + take] >= 0)
+                    take = max(1, int(trees[0])) if len(trees) else take
                 row.append(at)
                 n.append(take)
                 table.append(starts[s])
@@ -243,18 +223,15 @@ class NativeAttention:
         self._keep += arrays
         slot, blocks, item_row, item_n, item_table = (a.ctypes.data for a in arrays)
         spec = self._spec
-        return (
-            AttendStep(
-                step.n_rows, len(row), spec.n_heads, spec.n_kv_heads, spec.head_dim, self._size, window,
-                self._pos.ctypes.data, self._base.ctypes.data, self._parent.ctypes.data,
-                slot, blocks, item_row, item_n, item_table,
-            ),
-            chunks,
+        return AttendStep(
+            step.n_rows, len(row), spec.n_heads, spec.n_kv_heads, spec.head_dim, self._size, window,
+            self._pos.ctypes.data, self._base.ctypes.data, self._parent.ctypes.data,
+            slot, blocks, item_row, item_n, item_table,
         )  # fmt: skip
 
     def attend(self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layer: int, scale: float, window: int) -> Tensor:
         cache = self._layers[layer]
-        plan, chunks = self._groups[cache.group]
+        plan = self._groups[cache.group]
         out_THD = torch.empty_like(q_THD)
         failed = self._attend(
             ctypes.addressof(plan), scale, q_THD.data_ptr(), k_TGD.data_ptr(), v_TGD.data_ptr(),
@@ -262,31 +239,7 @@ class NativeAttention:
         )  # fmt: skip
         if failed:
             raise ResourceError("no memory for the attention kernel's scratch")
-        for chunk in chunks:
-            out_THD[chunk.r0 : chunk.r1] = self._flash(q_THD, k_TGD, v_TGD, chunk, plan, cache, scale)
         return out_THD
-
-    def _flash(
-        self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, chunk: _Chunk, plan: AttendStep, cache: _Cache, scale: float
-    ) -> Tensor:
-        """Causal among the chunk's own rows, plus everything before it, joined by their log-sum-exps."""
-        q, k, v = (x[chunk.r0 : chunk.r1].transpose(0, 1)[None] for x in (q_THD, k_TGD, v_TGD))
-        own_1HTD, own_lse = flash_cpu(q, k, v, 0.0, True, scale=scale)
-        if chunk.start == 0:
-            return own_1HTD[0].transpose(0, 1)
-        G, D, T, H, L = self._spec.n_kv_heads, self._spec.head_dim, q.shape[2], q.shape[1], chunk.start
-        past_k, past_v = (torch.empty((G, L, D), dtype=self._dtype) for _ in range(2))
-        self._gather(
-            ctypes.addressof(plan), chunk.table.ctypes.data, 0, L,
-            cache.k.data_ptr(), cache.v.data_ptr(), past_k.data_ptr(), past_v.data_ptr(),
-        )  # fmt: skip
-        # Without a mask the heads that share keys are just more rows.
-        folded = q[0].reshape(1, G, H // G * T, D)
-        past_1GRD, past_lse = flash_cpu(folded, past_k[None], past_v[None], 0.0, False, scale=scale)
-        past_HTD, past_lse = past_1GRD.reshape(H, T, D), past_lse.reshape(H, T)
-        weight_HT1 = torch.sigmoid(own_lse[0] - past_lse)[..., None]
-        joined = torch.lerp(past_HTD.float(), own_1HTD[0].float(), weight_HT1)
-        return joined.to(self._dtype).transpose(0, 1)
 
 
 def supports_native(spec: ModelSpec, dtype: torch.dtype, head_multiple: int) -> bool:

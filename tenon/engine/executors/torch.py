@@ -90,7 +90,7 @@ class TorchExecutor:
         covered = self._native is not None and supports_native(self.spec, self._dtype, native.HEAD_MULTIPLE)
         self._attention: Attention
         if self._native is not None and covered:
-            self._attention = NativeAttention(self.spec, self._dtype, self._native, invariant=self._invariant)
+            self._attention = NativeAttention(self.spec, self._dtype, self._native)
         else:
             if self._native is not None:
                 shape = f"head size {self.spec.head_dim} with {self._dtype}"
