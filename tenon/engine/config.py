@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import secrets
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -64,19 +68,23 @@ class EngineConfig:
 
 
 def state_secret(folder: Path) -> bytes:
-    """The key of all block hashes: made once in the state folder with mode 0600, so that hashes cannot be guessed."""
-    import os
-    import secrets
+    """The key of all block hashes: made once in the state folder with mode 0600, so that hashes cannot be guessed.
 
+    Of processes that start at once, one makes it and all read the same. Raises ``ConfigError`` if it is damaged.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / "block-hash.key"
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        key = path.read_bytes()
-        if len(key) != 32:
-            raise ConfigError(f"{path} must hold 32 bytes, holds {len(key)}; delete it to make a new one") from None
-        return key
-    with os.fdopen(fd, "wb") as file:
-        file.write(secrets.token_bytes(32))
-    return path.read_bytes()
+    if not path.exists():
+        fd, made = tempfile.mkstemp(dir=folder, prefix=".block-hash.")  # mode 0600
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(secrets.token_bytes(32))
+            # A link, not a rename: it takes the name whole, and never from somebody who was first.
+            with contextlib.suppress(FileExistsError):
+                os.link(made, path)
+        finally:
+            os.unlink(made)
+    key = path.read_bytes()
+    if len(key) != 32:
+        raise ConfigError(f"{path} must hold 32 bytes, holds {len(key)}; delete it to make a new one")
+    return key

@@ -26,6 +26,8 @@ class Limits:
     body_bytes: int = 8 * 2**20
     receipt_s: float = 10.0
     write_stall_s: float = 20.0
+    stall_s: float = 10.0
+    """Without a step for so long (or three times the longest step) while work exists, the server is not ready."""
     max_messages: int = 4096
     max_prompts: int = 128
     max_sequences: int = 128

@@ -14,9 +14,11 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Final, Protocol
 
 import uvicorn
@@ -175,7 +177,7 @@ class Server:
         """Find the model, read its text side, start the engine; tell when it is ready."""
         try:
             self._on_message(m.Phase("model", 0.0, self._config.engine.model))
-            folder = await asyncio.to_thread(resolve, self._config.engine.model)
+            folder = await _abandonable(partial(resolve, self._config.engine.model))
             link = EngineLink(
                 replace(self._config.engine, model=str(folder)),
                 epoch=1,
@@ -220,6 +222,32 @@ class Server:
         if self._link is not None:
             self._link.kill()
         os._exit(128 + number)
+
+
+async def _abandonable(call: Callable[[], Path]) -> Path:
+    """``call`` in a daemon thread: unlike the executor's, it does not keep the process from ending, and a download may
+    take hours."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Path] = loop.create_future()
+
+    def settle(result: Path | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        elif result is not None:
+            future.set_result(result)
+
+    def work() -> None:
+        try:
+            outcome: tuple[Path | None, BaseException | None] = (call(), None)
+        except BaseException as error:
+            outcome = (None, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    Thread(target=work, name="resolve", daemon=True).start()
+    return await future
 
 
 def _url(host: str, sock: socket.socket) -> str:

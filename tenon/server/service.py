@@ -25,7 +25,6 @@ from tenon.server.failures import Refusal
 from tenon.server.limits import Limits
 from tenon.server.metrics import Reading, ServerMetrics, render
 
-STALL_S: Final = 10.0
 STATS_EVERY_S: Final = 0.12
 
 _log = logging.getLogger("tenon.server")
@@ -265,7 +264,7 @@ class Service:
         if self.state is not State.READY:
             return self.reason
         stalled_s = self.clock.now_s() - self._progress_s
-        if self._flights and stalled_s > max(STALL_S, 3 * self._longest_step_s):
+        if self._flights and stalled_s > max(self.limits.stall_s, 3 * self._longest_step_s):
             return f"no progress for {stalled_s:.0f} s while {len(self._flights)} requests are in flight"
         return None
 

@@ -17,6 +17,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+PATIENCE_S = 60.0
+"""How long a test waits for what must happen: never reached, however busy the machine is."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -66,7 +69,7 @@ class Running:
     model: str
 
     def post(self, path: str, body: dict[str, Any], **kwargs: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json={"model": self.model} | body, timeout=20, **kwargs)
+        return httpx.post(self.url + path, json={"model": self.model} | body, timeout=PATIENCE_S, **kwargs)
 
     def complete(self, **body: Any) -> dict[str, Any]:
         response = self.post("/v1/completions", {"prompt": "hello"} | body)
@@ -75,7 +78,7 @@ class Running:
         return result
 
     def metrics(self) -> dict[str, float]:
-        lines = httpx.get(self.url + "/metrics", timeout=20).text.splitlines()
+        lines = httpx.get(self.url + "/metrics", timeout=PATIENCE_S).text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
@@ -88,12 +91,12 @@ class Running:
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        return self.process.wait(PATIENCE_S)
 
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(20)
+        self.process.wait(PATIENCE_S)
         if self.process.stderr is not None:
             self.process.stderr.close()
 
@@ -105,7 +108,7 @@ class Stream:
     """An open streamed answer: ``events`` yields what comes, ``close`` leaves in the middle."""
 
     def __init__(self, server: Running, path: str, body: dict[str, Any]) -> None:
-        self._client = httpx.Client(timeout=20)
+        self._client = httpx.Client(timeout=PATIENCE_S)
         asked = {} if "messages" in body else {"prompt": "hello"}
         content = {"model": server.model, "stream": True, "ignore_eos": True} | asked | body
         self._response = self._client.send(
@@ -157,20 +160,24 @@ def start(model: Path, *options: str, wait_ready: bool = True, limits: dict[str,
         command = ["-c", WITH_LIMITS, json.dumps({"model": str(model), "port": port, "limits": limits})]
     process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
     running = Running(process, f"http://127.0.0.1:{port}", "tiny")
-    if wait_ready:
-        wait_for(lambda: _is_ready(running))
+    try:
+        if wait_ready:
+            wait_for(lambda: _is_ready(running))
+    except BaseException:
+        running.close()
+        raise
     return running
 
 
 def _is_ready(running: Running) -> bool:
     assert running.process.poll() is None, running.process.stderr.read() if running.process.stderr else ""
     try:
-        return httpx.get(running.url + "/readyz", timeout=5).status_code == 200
+        return httpx.get(running.url + "/readyz", timeout=PATIENCE_S).status_code == 200
     except httpx.TransportError:
         return False
 
 
-def wait_for(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> None:
     """Poll until true; fails the test where it never is."""
 
     async def poll() -> None:

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.server.conftest import Running
+from tests.server.conftest import PATIENCE_S, Running
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -179,32 +179,32 @@ def test_cached_tokens_are_reported(server: Running) -> None:
 def test_request_ids_go_both_ways(server: Running) -> None:
     given = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, headers={"x-request-id": "mine-1"})
     assert given.headers["x-request-id"] == "mine-1"
-    hostile = httpx.get(server.url + "/livez", headers={"x-request-id": "a b\tc"})
+    hostile = httpx.get(server.url + "/livez", headers={"x-request-id": "a b\tc"}, timeout=PATIENCE_S)
     assert hostile.headers["x-request-id"] not in ("", "a b\tc")
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/files", 404), ("GET", "/v1/completions", 405)])
 def test_unknown_paths_answer_in_the_shape_of_openai(server: Running, method: str, path: str, status: int) -> None:
-    response = httpx.request(method, server.url + path)
+    response = httpx.request(method, server.url + path, timeout=PATIENCE_S)
     assert response.status_code == status
     assert response.json()["error"].keys() == {"message", "type", "param", "code"}
 
 
 @pytest.mark.parametrize("headers", [{"origin": "http://evil.example"}, {"host": "evil.example"}, {"origin": "null"}])
 def test_other_web_sites_are_kept_out(server: Running, headers: dict[str, str]) -> None:
-    assert httpx.get(server.url + "/v1/models", headers=headers).status_code == 403
+    assert httpx.get(server.url + "/v1/models", headers=headers, timeout=PATIENCE_S).status_code == 403
 
 
 def test_the_page_is_served_under_a_strict_policy(server: Running) -> None:
     for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")):
-        response = httpx.get(server.url + path)
+        response = httpx.get(server.url + path, timeout=PATIENCE_S)
         assert response.headers["content-type"].startswith(kind)
         assert "default-src 'none'" in response.headers["content-security-policy"]
         assert "//" not in response.text.replace("http://www.w3.org/2000/svg", "") or path != "/"
 
 
 def test_events_tell_of_a_request(server: Running) -> None:
-    with httpx.stream("GET", server.url + "/events", timeout=20) as response:
+    with httpx.stream("GET", server.url + "/events", timeout=PATIENCE_S) as response:
         lines = (line for line in response.iter_lines() if line.startswith("data: "))
         seen = [httpx.Response(200, content=next(lines)[6:]).json()]
         server.complete(max_tokens=3)

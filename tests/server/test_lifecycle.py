@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tenon.base.records import read_records
-from tests.server.conftest import Running, free_port, wait_for
+from tests.server.conftest import PATIENCE_S, Running, free_port, wait_for
 
 Start = Callable[..., Running]
 
@@ -86,7 +86,7 @@ def test_engine_death_ends_every_request_once(own_server: Start) -> None:
         assert errors[0]["error"]["code"] == "engine_dead"
     thread.join()
     assert waiting[0].status_code == 503
-    assert server.process.wait(10) == 1
+    assert server.process.wait(PATIENCE_S) == 1
     assert not alive(pid)
     assert server.process.stderr is not None
     last = server.process.stderr.read().splitlines()[-1]
@@ -97,7 +97,7 @@ def test_the_engine_dies_with_the_server(own_server: Start) -> None:
     server = own_server()
     pid = server.engine_pid()
     server.process.kill()
-    wait_for(lambda: not alive(pid), 5)
+    wait_for(lambda: not alive(pid))
 
 
 def test_sigterm_drains(own_server: Start) -> None:
@@ -107,7 +107,7 @@ def test_sigterm_drains(own_server: Start) -> None:
     next(events)
     pid = server.engine_pid()
     server.process.send_signal(signal.SIGTERM)
-    wait_for(lambda: httpx.get(server.url + "/readyz").status_code == 503)
+    wait_for(lambda: httpx.get(server.url + "/readyz", timeout=PATIENCE_S).status_code == 503)
     refused = server.post("/v1/completions", {"prompt": "a"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
     rest = list(events)
@@ -115,7 +115,7 @@ def test_sigterm_drains(own_server: Start) -> None:
     assert rest[-1] == "[DONE]"
     assert isinstance(rest[-2], dict)
     assert rest[-2]["usage"]["completion_tokens"] == 2000
-    assert server.process.wait(10) == 0
+    assert server.process.wait(PATIENCE_S) == 0
     assert not alive(pid)
 
 
@@ -129,7 +129,7 @@ def test_what_does_not_finish_in_time_is_told_so(own_server: Start) -> None:
     stream.close()
     assert isinstance(last, dict)
     assert last["error"]["code"] == "draining"
-    assert server.process.wait(10) == 0
+    assert server.process.wait(PATIENCE_S) == 0
 
 
 def test_a_second_signal_ends_it_now(own_server: Start) -> None:
@@ -138,11 +138,11 @@ def test_a_second_signal_ends_it_now(own_server: Start) -> None:
     next(stream.events())
     pid = server.engine_pid()
     server.process.send_signal(signal.SIGINT)
-    wait_for(lambda: httpx.get(server.url + "/readyz").status_code == 503)
+    wait_for(lambda: httpx.get(server.url + "/readyz", timeout=PATIENCE_S).status_code == 503)
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(5) == 128 + signal.SIGINT
+    assert server.process.wait(PATIENCE_S) == 128 + signal.SIGINT
     stream.close()
-    wait_for(lambda: not alive(pid), 5)
+    wait_for(lambda: not alive(pid))
 
 
 def test_a_port_that_is_taken(server: Running, model_folder: Path) -> None:
@@ -175,15 +175,15 @@ def test_models_and_probes_answer_while_loading(own_server: Start) -> None:
 
     def listens() -> bool:
         try:
-            return httpx.get(server.url + "/livez").status_code == 200
+            return httpx.get(server.url + "/livez", timeout=PATIENCE_S).status_code == 200
         except httpx.TransportError:
             return False
 
     wait_for(listens)
-    assert httpx.get(server.url + "/v1/models").json()["data"][0]["id"] == "tiny"
+    assert httpx.get(server.url + "/v1/models", timeout=PATIENCE_S).json()["data"][0]["id"] == "tiny"
     statuses = set()
     while 200 not in statuses:
-        ready = httpx.get(server.url + "/readyz")
+        ready = httpx.get(server.url + "/readyz", timeout=PATIENCE_S)
         statuses.add(ready.status_code)
         if ready.status_code == 503:
             assert ready.json()["reason"].startswith(("loading", "starting"))
@@ -191,15 +191,15 @@ def test_models_and_probes_answer_while_loading(own_server: Start) -> None:
 
 
 def test_a_stopped_engine_is_no_progress(own_server: Start) -> None:
-    server = own_server()
+    server = own_server(limits={"stall_s": 0.5})
     stream = server.stream(max_tokens=30_000)
     next(stream.events())
     pid = server.engine_pid()
     os.kill(pid, signal.SIGSTOP)
     try:
-        wait_for(lambda: httpx.get(server.url + "/readyz").status_code == 503, 20)
-        assert "no progress" in httpx.get(server.url + "/readyz").json()["reason"]
-        assert httpx.get(server.url + "/livez").status_code == 200
+        wait_for(lambda: httpx.get(server.url + "/readyz", timeout=PATIENCE_S).status_code == 503)
+        assert "no progress" in httpx.get(server.url + "/readyz", timeout=PATIENCE_S).json()["reason"]
+        assert httpx.get(server.url + "/livez", timeout=PATIENCE_S).status_code == 200
     finally:
         os.kill(pid, signal.SIGCONT)
         stream.close()
@@ -216,7 +216,7 @@ def test_records_are_kept_where_asked(own_server: Start, tmp_path: Path) -> None
 
 
 def test_metrics_are_a_valid_exposition(server: Running) -> None:
-    text = httpx.get(server.url + "/metrics").text
+    text = httpx.get(server.url + "/metrics", timeout=PATIENCE_S).text
     names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(names) == len(set(names))
     for line in text.splitlines():

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from tests.server.conftest import Running, wait_for
+from tests.server.conftest import PATIENCE_S, Running, wait_for
 
 Start = Callable[..., Running]
 
@@ -18,7 +18,7 @@ def connect(server: Running, receive_bytes: int | None = None) -> socket.socket:
     sock = socket.socket()
     if receive_bytes is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-    sock.settimeout(10)
+    sock.settimeout(PATIENCE_S)
     sock.connect((host, int(port)))
     return sock
 
@@ -63,7 +63,7 @@ def test_a_large_body_is_refused_as_it_comes(server: Running) -> None:
         for _ in range(40):
             yield b" " * 262_144
 
-    response = httpx.post(server.url + "/v1/completions", content=chunks(), timeout=20)  # type: ignore[arg-type]
+    response = httpx.post(server.url + "/v1/completions", content=chunks(), timeout=PATIENCE_S)  # type: ignore[arg-type]
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "request_too_large"
 
@@ -98,7 +98,7 @@ def test_a_client_that_does_not_read_is_given_up(own_server: Start) -> None:
     with connect(server, receive_bytes=4096) as sock:
         head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode()
         sock.sendall(head + body)
-        wait_for(lambda: server.metrics()['tenon_requests_finished_total{reason="abort"}'] == 1, 30)
+        wait_for(lambda: server.metrics()['tenon_requests_finished_total{reason="abort"}'] == 1)
         metrics = server.metrics()
         assert metrics["tenon_requests_running"] == 0
         assert server.complete(max_tokens=2)

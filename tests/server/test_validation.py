@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.conftest import Running
+from tests.server.conftest import PATIENCE_S, Running
 
 COMPLETION: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": []}, "prompt"),
@@ -91,7 +91,7 @@ def test_chat_field_is_refused_by_name(server: Running, body: dict[str, Any], pa
              b'{"model":"tiny","prompt":"a","temperature":1e999}', b'{"model":"tiny","prompt":"\\ud800"}']
 )  # fmt: skip
 def test_bodies_that_are_no_json_object(server: Running, body: bytes) -> None:
-    response = httpx.post(server.url + "/v1/completions", content=body, timeout=20)
+    response = httpx.post(server.url + "/v1/completions", content=body, timeout=PATIENCE_S)
     assert response.status_code == 400
     assert "error" in response.json()
 

@@ -210,7 +210,8 @@ class TorchExecutor:
         if not len(rows):
             return hidden_TM.new_zeros((0, self.spec.vocab_size))
         logits = self.model.logits(self._wanted)
-        return logits if len(back) == len(rows) else logits[torch.from_numpy(back).to(self._device)]
+        in_order = (np.diff(back) == 1).all()
+        return logits if in_order else logits[torch.from_numpy(back).to(self._device)]
 
     @staticmethod
     def _not_finite(step: Step, hidden_TM: Tensor) -> list[int]:
