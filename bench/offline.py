@@ -60,7 +60,10 @@ def prompts(cell: dict[str, Any], sample: int) -> list[list[int]]:
 
 
 class Tenon:
-    """The engine in this process: what ``LLM`` runs, without text."""
+    """The engine in this process: what ``LLM`` runs, without text. Keywords are ``EngineConfig``'s."""
+
+    def __init__(self, **config: Any) -> None:
+        self._config = config
 
     def setup(self, cell: dict[str, Any]) -> None:
         import torch
@@ -79,6 +82,7 @@ class Tenon:
             max_model_len=length,
             max_sequences=cell["batch"],
             threads=torch.get_num_threads(),
+            **self._config,
         )
         self._engine = build_engine(engine_config, lambda *_: None)
         self._run(8)
@@ -125,7 +129,8 @@ class Tenon:
             calls += [(layer.qkv, spec.hidden_size), (layer.out, spec.q_size)]
             calls += [(layer.mlp.gate_up, spec.hidden_size), (layer.mlp.down, spec.intermediate_size)]
         calls.append((executor.model.lm_head, spec.hidden_size))
-        inputs = [(module, torch.randn(batch, width, dtype=torch.bfloat16)) for module, width in calls]
+        device = executor.model.embed.weight.device
+        inputs = [(module, torch.randn(batch, width, dtype=torch.bfloat16, device=device)) for module, width in calls]
         seconds = []
         with torch.inference_mode():
             for _ in range(rounds):
@@ -143,6 +148,9 @@ class Tenon:
 class Transformers:
     """``model.generate``, timed by a stopping criterion that looks at the clock after every token."""
 
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+
     def setup(self, cell: dict[str, Any]) -> None:
         import torch
         import transformers
@@ -152,10 +160,12 @@ class Transformers:
         shape = COMMON | SHAPES[cell["shape"]]
         config = transformers.AutoConfig.for_model(**shape)
         torch.manual_seed(1)
-        self._model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        self._model = (
+            transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(self._device).eval()
+        )
         self._past = None
         if cell["shared"]:
-            ids = torch.tensor(prompts(cell, 0))
+            ids = torch.tensor(prompts(cell, 0), device=self._device)
             with torch.inference_mode():
                 self._past = self._model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
         self._generate(8)
@@ -172,10 +182,10 @@ class Transformers:
         class Clock(StoppingCriteria):
             def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
                 stamps.append(SYSTEM.now_s())
-                return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
         given = prompts(self._cell, 0 if self._cell["shared"] else self._sample)
-        ids = torch.tensor(given * (self._cell["batch"] // len(given)))
+        ids = torch.tensor(given * (self._cell["batch"] // len(given)), device=self._device)
         self._sample += 1
         past: dict[str, Any] = {}
         if self._past is not None:

@@ -175,7 +175,6 @@ class LLM:
         )
 
     def _decode(self, names: dict[str, Answer], streams: dict[tuple[str, int], _Stream]) -> None:
-        n_stopped: dict[str, int] = dict.fromkeys(names, 0)
         with self._bar("generating") as bar:
             task = bar.add_task(f"{len(names)} prompts", total=len(streams))
             begin_s, n_tokens = SYSTEM.now_s(), 0
@@ -197,9 +196,8 @@ class LLM:
                     output.finish_reason = "stop" if stopped else delta.finish_reason
                     if output.finish_reason is not None:
                         bar.advance(task)
-                        n_stopped[delta.request_id] += 1
-                        if n_stopped[delta.request_id] == len(names[delta.request_id].outputs):
-                            self.engine.abort(delta.request_id)
+                    if stopped:
+                        self.engine.abort(delta.request_id, delta.index, reason="stop")
                 rate = n_tokens / max(SYSTEM.now_s() - begin_s, 1e-9)
                 bar.update(task, description=f"{len(names)} prompts, {rate:.0f} tokens/s")
 

@@ -45,10 +45,10 @@ class Bench:
 
 
 def names(folder: Path) -> list[str]:
-    """The benches in ``folder``. Raises ``ConfigError`` where there is no such folder."""
+    """The benches in ``folder``; scripts named gpu_* run by themselves. Raises ``ConfigError`` without the folder."""
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}; run this from the root of a checkout", subject=str(folder))
-    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith(("_", "gpu_")))
 
 
 def load(folder: Path, name: str) -> Bench:

@@ -64,9 +64,9 @@ class Engine:
             raise RequestError("the server is shutting down and takes no new requests", code="draining")
         return self.scheduler.add(add)
 
-    def abort(self, request_id: str) -> bool:
-        """Free a request in any state at once; False if it is not being served (which is no error)."""
-        return self.scheduler.abort(request_id)
+    def abort(self, request_id: str, index: int = -1, *, reason: str = "abort") -> bool:
+        """Free a request, or one of its sequences, at once; False if it is not being served (which is no error)."""
+        return self.scheduler.abort(request_id, index, reason=reason)
 
     @property
     def has_work(self) -> bool:

@@ -42,9 +42,10 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
-    """Forget this request at once. Unknown ids are no error: aborts race with endings."""
+    """Forget this request at once, or only its sequence ``index``. Unknown ids are no error: endings race with it."""
 
     request_id: str
+    index: int = -1
 
 
 class LoadWeights(msgspec.Struct, frozen=True, tag="load_weights"):
@@ -205,7 +206,7 @@ def decode_to_engine(body: bytes) -> EngineBatch:
     """Raises ``ProtocolError`` where the bytes are no such batch."""
     try:
         return _to_engine.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a batch for the engine: {error}") from error
 
 
@@ -213,5 +214,5 @@ def decode_from_engine(body: bytes) -> ServerBatch:
     """Raises ``ProtocolError`` where the bytes are no such batch."""
     try:
         return _from_engine.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a batch from the engine: {error}") from error

@@ -105,15 +105,23 @@ class Scheduler:
         self.counters.started += 1
         return Accepted(add.request_id)
 
-    def abort(self, request_id: str) -> bool:
-        """Drop a request in any state and free its blocks at once; False if it is not being served."""
+    def abort(self, request_id: str, index: int = -1, *, reason: str = "abort") -> bool:
+        """Drop a request, or one of its sequences, in any state and free its blocks at once; False if not served.
+
+        ``reason`` is what the request counts as when nothing of it is left. A single sequence can be dropped once the
+        prompt that it shares with its siblings is computed.
+        """
         request = self.requests.get(request_id)
-        if request is None:
+        if request is None or index >= len(request.seqs):
             return False
-        for seq in request.seqs:
+        dropped = request.seqs if index < 0 else [request.seqs[index]]
+        if index >= 0 and not request.forked and request.add.n > 1:
+            return False
+        for seq in dropped:
             if seq.state is not State.FINISHED:
                 self._leave(seq)
-        self._end(request, "abort")
+        if request.n_unfinished == 0:
+            self._end(request, reason)
         return True
 
     def reset(self) -> list[str]:

@@ -113,7 +113,7 @@ class EngineHost:
                 except RequestError as error:
                     return rejection(message.request_id, error)
             case m.Abort():
-                self._engine.abort(message.request_id)
+                self._engine.abort(message.request_id, message.index)
             case m.Reset():
                 self._engine.reset()
             case m.Drain():

@@ -237,13 +237,15 @@ class Service:
         return self.ready
 
     def close_sequence(self, flight: _Flight, index: int, reason: str) -> None:
-        """One sequence is over here. The engine is told once nothing of its request is wanted any more."""
+        """One sequence is over here; the engine is told to forget it."""
         if index not in flight.open:
             return
         flight.open.discard(index)
         flight.reasons.add(reason)
-        if not flight.open and flight.add.request_id in self._flights:
-            self._tell(m.Abort(flight.add.request_id))
+        if flight.add.request_id not in self._flights:
+            return
+        self._tell(m.Abort(flight.add.request_id, index))
+        if not flight.open:
             self._end(flight, _outcome(flight.reasons))
 
     def give_up(self, flight: _Flight, reason: str) -> None:

@@ -5,7 +5,7 @@ Shapes: T rows, R outputs, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from tests.models import zoo
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Outputs = dict[tuple[str, int], list[int]]
+LONG = 70
+"""Tokens of a ``sequence``: four blocks and a part."""
+SAMPLED_VOCAB = 200
 
 
 class Recorder(TorchExecutor):
@@ -95,6 +98,10 @@ class Lab:
             request_id, index = by_id[seq]
             rows[request_id, index, position] = row
         return Served(made, outputs, prompts, rows)
+
+
+Labs = Callable[..., Lab]
+"""The fixture ``lab``."""
 
 
 @dataclass
@@ -250,3 +257,37 @@ def sampling(
         sample=np.array([sample], np.int32),
         n_logprobs=np.array([n_logprobs], np.int32),
     )
+
+
+def ids(rng: np.random.Generator, n: int) -> tuple[int, ...]:
+    return tuple(int(t) for t in rng.integers(3, zoo.VOCAB, n))
+
+
+def sequence(seed: int, n: int = LONG) -> list[int]:
+    return np.random.default_rng(seed).integers(3, zoo.VOCAB, n).tolist()
+
+
+def tables(lab: Lab, first: int, n: int = LONG) -> list[list[int]]:
+    """Block tables of one sequence in every group, its blocks in falling order from ``first + 4``."""
+    return [list(range(first + 4, first + 4 - -(-n // 16), -1)) for _ in lab.groups()]
+
+
+def chain(lab: Lab, seq: int, tokens: list[int], start: int, end: int, out: list[int] | None = None) -> Run:
+    """Positions [start, end) of sequence ``seq``; blocks from 1 + 8 x seq on. All rows' logits unless ``out``."""
+    rows = list(range(end - start)) if out is None else out
+    return Run(seq, tokens[start:end], list(range(start, end)), tables(lab, 1 + 8 * seq), rows)
+
+
+def fresh(lab: Lab) -> None:
+    lab.executor.allocate(lab.groups(), 64)
+
+
+def logit_rows(n: int, spread: float = 2.0, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal((n, SAMPLED_VOCAB)) * spread).astype(np.float32)
+
+
+def step_of(n: int, **params: Any) -> Step:
+    """A step of ``n`` outputs of as many sequences that share one row of parameters."""
+    made = step([Run(s, [1], [0], [[1]], [0]) for s in range(n)])
+    made.params = sampling(**params)
+    return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,10 @@ from tenon.engine.config import EngineConfig
 from tenon.engine.executors.torch import TorchExecutor
 from tenon.engine.messages import Add
 from tenon.engine.step import HIDDEN, SAMPLE, SCORE
-from tests.engine.build import Lab, errors, run, step
-from tests.engine.test_rows import chain, fresh, sequence
+from tests.engine.build import Lab, Labs, chain, errors, fresh, run, sequence, step
 from tests.models import zoo
 
 pytestmark = pytest.mark.torch
-Labs = Callable[..., Lab]
 
 
 def load(folder: Path, **config: object) -> TorchExecutor:

@@ -19,9 +19,7 @@ from tenon.engine.executors.torch import TorchExecutor
 from tenon.engine.messages import Add
 from tenon.models.checkpoint import random_decoder
 from tenon.models.spec import ModelSpec
-from tests.engine.build import Lab, Run, step
-from tests.engine.test_logits import ids
-from tests.engine.test_rows import LONG, Labs, chain, fresh, sequence
+from tests.engine.build import LONG, Lab, Labs, Run, chain, fresh, ids, sequence, step
 
 pytestmark = pytest.mark.torch
 

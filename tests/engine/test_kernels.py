@@ -19,9 +19,7 @@ from tenon.engine.sampling import sample_rows
 from tenon.engine.step import Step
 from tenon.models.decoder import Maths
 from tenon.models.spec import ModelSpec
-from tests.engine.build import Run, step
-from tests.engine.test_sampling import rows as logit_rows
-from tests.engine.test_sampling import step_of
+from tests.engine.build import Run, logit_rows, step, step_of
 
 pytestmark = pytest.mark.torch
 FP32, BF16 = torch.float32, torch.bfloat16

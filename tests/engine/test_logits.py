@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from tenon.engine.messages import Add
-from tests.engine.build import Lab, Served
+from tests.engine.build import Lab, Labs, Served, ids
 from tests.models import zoo
 
 pytestmark = pytest.mark.torch
-Labs = Callable[..., Lab]
 Record = Callable[[str, object], None]
 
 FLOOR, TIMES_FP32, TIMES_BF16 = 1e-5, 3.0, 1.25
@@ -21,10 +20,6 @@ FLOOR, TIMES_FP32, TIMES_BF16 = 1e-5, 3.0, 1.25
 MARGIN = 1e-4
 HEADS = [pytest.param(32, id="kernel"), pytest.param(None, id="torch")]
 BF16 = [(name, 32) for name in zoo.CASES] + [(name, None) for name in zoo.ONE_EACH]
-
-
-def ids(rng: np.random.Generator, n: int) -> tuple[int, ...]:
-    return tuple(int(t) for t in rng.integers(3, zoo.VOCAB, n))
 
 
 def mixed_requests(seed: int = 0) -> list[Add]:

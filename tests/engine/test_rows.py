@@ -11,37 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.build import Lab, Run, errors, step
+from tests.engine.build import LONG, Lab, Labs, Run, chain, errors, fresh, sequence, step, tables
 from tests.models import zoo
 
 pytestmark = pytest.mark.torch
-Labs = Callable[..., Lab]
-
 CASES = [(name, 32) for name in zoo.CASES] + [(name, None) for name in zoo.ONE_EACH]
 TOLERANCE = 1e-5
 """The floor of what fp32 rows may err; transformers' own error on these checkpoints is about 2e-6."""
 SHOWS = 1e-3
 """What a mistake must exceed: a hundred times the tolerance."""
-LONG = 70
-
-
-def sequence(seed: int, n: int = LONG) -> list[int]:
-    return np.random.default_rng(seed).integers(3, zoo.VOCAB, n).tolist()
-
-
-def tables(lab: Lab, first: int, n: int = LONG) -> list[list[int]]:
-    """Block tables of one sequence in every group, its blocks in falling order from ``first + 4``."""
-    return [list(range(first + 4, first + 4 - -(-n // 16), -1)) for _ in lab.groups()]
-
-
-def chain(lab: Lab, seq: int, tokens: list[int], start: int, end: int, out: list[int] | None = None) -> Run:
-    """Positions [start, end) of sequence ``seq``; blocks from 1 + 8 x seq on. All rows' logits unless ``out``."""
-    rows = list(range(end - start)) if out is None else out
-    return Run(seq, tokens[start:end], list(range(start, end)), tables(lab, 1 + 8 * seq), rows)
-
-
-def fresh(lab: Lab) -> None:
-    lab.executor.allocate(lab.groups(), 64)
 
 
 def right(lab: Lab, tokens: list[int]) -> Tensor:

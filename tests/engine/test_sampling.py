@@ -10,21 +10,9 @@ import pytest
 
 from tenon.base import philox
 from tenon.engine.sampling import edited, log_softmax, sample_rows, survivors
-from tenon.engine.step import EDIT_ADD, EDIT_BAN, EDIT_REPEAT, SAMPLE, SCORE, Step
-from tests.engine.build import Run, sampling, step
-
-V = 200
-
-
-def rows(n: int, spread: float = 2.0, seed: int = 0) -> np.ndarray:
-    return (np.random.default_rng(seed).standard_normal((n, V)) * spread).astype(np.float32)
-
-
-def step_of(n: int, **params: Any) -> Step:
-    """A step of ``n`` outputs of as many sequences that share one row of parameters."""
-    made = step([Run(s, [1], [0], [[1]], [0]) for s in range(n)])
-    made.params = sampling(**params)
-    return made
+from tenon.engine.step import EDIT_ADD, EDIT_BAN, EDIT_REPEAT, SAMPLE, SCORE
+from tests.engine.build import SAMPLED_VOCAB as V
+from tests.engine.build import logit_rows, sampling, step_of
 
 
 def plain_survivors(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -65,7 +53,7 @@ FILTERS = [
 
 @pytest.mark.parametrize("params", FILTERS)
 def test_filters_and_choice_follow_the_plain_rule(params: dict[str, Any]) -> None:
-    logits = rows(30)
+    logits = logit_rows(30)
     result = sample_rows(step_of(30, seed=9, **params), logits)
     for r in range(30):
         t = float(np.float32(params["temperature"]))
@@ -91,7 +79,7 @@ def test_greedy_takes_the_smaller_of_two_equal_ids() -> None:
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 6}, {"top_p": 0.9}, {"min_p": 0.1, "temperature": 0.7}])
 def test_samples_follow_the_softmax_of_what_is_left(filters: dict[str, Any]) -> None:
-    n, logits = 3000, rows(1, 1.5, seed=4)[0, :24]
+    n, logits = 3000, logit_rows(1, 1.5, seed=4)[0, :24]
     result = sample_rows(step_of(n, seed=123, **filters), np.broadcast_to(logits, (n, 24)))
     params = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters
     left = sorted(plain_survivors(logits, **params))
@@ -105,7 +93,7 @@ def test_samples_follow_the_softmax_of_what_is_left(filters: dict[str, Any]) -> 
 
 
 def test_a_row_does_not_depend_on_the_rest_of_the_batch() -> None:
-    logits = rows(8)
+    logits = logit_rows(8)
     together = sample_rows(step_of(8, seed=3, top_p=0.95), logits)
     for r in range(8):
         alone = step_of(1, seed=3, top_p=0.95)
@@ -135,7 +123,7 @@ def test_tokens_out_of_the_noise_s_reach_are_never_chosen_nor_needed() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_without_a_finite_best_fails_alone(bad: float, temperature: float) -> None:
-    logits = rows(3)
+    logits = logit_rows(3)
     logits[1, 7] = bad
     result = sample_rows(step_of(3, temperature=temperature), logits)
     assert list(result.errors) == [1]
@@ -162,7 +150,7 @@ def test_masks_and_edits_apply_along_the_row() -> None:
 
 
 def test_logprobs_are_of_the_unprocessed_logits_and_the_best_come_in_order() -> None:
-    logits = rows(4)
+    logits = logit_rows(4)
     result = sample_rows(step_of(4, temperature=0.2, top_k=3, n_logprobs=5), logits)
     for r in range(4):
         x = logits[r].astype(np.float64)
@@ -174,7 +162,7 @@ def test_logprobs_are_of_the_unprocessed_logits_and_the_best_come_in_order() -> 
 
 
 def test_scores_are_the_log_probabilities_of_the_given_tokens() -> None:
-    made, logits = step_of(2, temperature=0.0), rows(2)
+    made, logits = step_of(2, temperature=0.0), logit_rows(2)
     made.want = np.array([SCORE, SAMPLE], np.uint8)
     made.score_start, made.score_token = np.array([0, 3, 3], np.int32), np.array([4, 4, 9], np.int32)
     result = sample_rows(made, logits)

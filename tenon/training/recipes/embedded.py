@@ -80,7 +80,7 @@ def train_plan(decay_at: int, stop: int, batch_tokens: int) -> Plan:
 
 def sft_plan(stop: int) -> Plan:
     """Short: a low rate, falling from the start."""
-    return Plan(Wsd(10, 10, stop), 4096, Lengths(((0, 512),)), Rates(matrix=1e-3, vector=5e-4))
+    return Plan(Wsd(10, 10, stop), 4096, Lengths(((0, 512),)), Rates(matrix=6e-4, vector=4e-4))
 
 
 def draft_plan(decay_at: int, stop: int) -> Plan:

@@ -1,0 +1,50 @@
+"""What numerics="invariant" costs: the same engine, prompts and weights in both modes, decode and prefill.
+
+Invariant mode computes every linear layer in tiles of 16 rows, so a row's bits do not depend on its company; a batch
+of one pays for sixteen rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.offline import Tenon
+from tenon.base.result import Check, ContenderEntry, Result, at_least
+from tenon.bench.claim import Cell
+
+TITLE = "the cost of invariant numerics against fast ones, bf16, random weights"
+BASELINE = "fast"
+LIMITS = False
+
+CONTENDERS = {
+    "invariant": ContenderEntry("bench.numerics:Mode", {"numerics": "invariant"}),
+    "fast": ContenderEntry("bench.numerics:Mode", {"numerics": "fast"}),
+}
+
+
+class Mode(Tenon):
+    """The offline bench's engine in one of the two modes; rates only."""
+
+    def sample(self) -> dict[str, float]:
+        return {name: value for name, value in super().sample().items() if name.endswith("_per_s")}
+
+
+def cells(quick: bool) -> list[Cell]:
+    def cell(shape: str, batch: int, sample_s: float) -> Cell:
+        params: dict[str, Any] = {
+            "shape": shape, "context": 256, "batch": batch, "new": 48, "shared": False, "bookkeeping": False,
+        }  # fmt: skip
+        return Cell(f"{shape} 256 x{batch}", params, 3 if quick else 9, 1, (), sample_s, 300)
+
+    embedded = [cell("embedded", batch, 1.0) for batch in (1, 16)]
+    return embedded if quick else [*embedded, cell("smollm2-135m", 1, 6), cell("smollm2-135m", 16, 12)]
+
+
+def checks(result: Result) -> list[Check]:
+    """The cost is printed, not promised; it only must not be so large that the mode is of no use."""
+    return [
+        at_least(
+            f"{name}: invariant over fast, decode", result.ratio(name, "invariant", "fast", "decode_tokens_per_s"), 0.1
+        )
+        for name in result.cells
+    ]
