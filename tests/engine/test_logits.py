@@ -35,7 +35,7 @@ def mixed_requests(seed: int = 0) -> list[Add]:
 
 
 def tolerance(lab: Lab, served: Served) -> float:
-    """What issue and house allow an fp32 row, from transformers fp32 on the same rows."""
+    """What an fp32 row may err by, from transformers fp32 on the same rows."""
     _, right = served.pairs(lab, torch.float64)
     _, theirs = served.pairs(lab, torch.float32)
     worst = ((theirs - right).abs().amax(-1) / right.abs().amax(-1)).max()
