@@ -4,8 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.engine.build import Lab
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models this small only wait for a second thread, for minutes where its core is busy."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
