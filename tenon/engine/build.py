@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tenon.base.clock import SYSTEM, Clock
-from tenon.base.errors import ConfigError, ResourceError
+from tenon.base.errors import ConfigError
 from tenon.base.files import state_folder
 from tenon.engine.config import EngineConfig, state_secret
 from tenon.engine.engine import Engine, Identity
@@ -61,28 +60,6 @@ def plan_memory(config: EngineConfig, spec: ModelSpec, groups: tuple[KVGroup, ..
             subject="max_model_len",
         )
     return MemoryPlan(usable, tokens, usable * per_block, min(wanted_len, tokens))
-
-
-def free_memory() -> int:
-    """Bytes that this machine, or the container's limit, has left. Raises ``ResourceError`` if it cannot tell."""
-    free: list[int] = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-    except OSError:
-        free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue
-    if not free or min(free) <= 0:
-        raise ResourceError("the free memory of this machine cannot be determined; set kv_bytes")
-    return min(free)
 
 
 def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM) -> Engine:

@@ -21,6 +21,7 @@ from tenon.training.rows import Tokens
 from tenon.training.tokenizer import END_OF_TEXT, IM_END, IM_START, special_id
 
 MAX_DOCSTRING, MAX_SOURCE = 240, 700
+WRITTEN_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,19 @@ class Chats:
     """Rows that begin with a conversation and are filled with further ones, drawn by (seed, iteration)."""
 
     def __init__(self, tokenizer: Tokenizer, pairs: list[Exchange], written: list[Exchange], seed: int) -> None:
-        self.pools = [[encode(tokenizer, e) for e in pool] for pool in (pairs, written) if pool]
+        self.pairs, self.written = ([encode(tokenizer, e) for e in pool] for pool in (pairs, written))
         self.filler = special_id(tokenizer, END_OF_TEXT)
         self.seed = seed
 
     def take(self, iteration: int, batch: int, length: int) -> tuple[Tokens, NDArray[np.bool_]]:
-        """Tokens (B, S + 1) and, for each target, whether it counts (B, S). Pools are drawn from equally often."""
+        """Tokens (B, S + 1) and, for each target, whether it counts (B, S). ``WRITTEN_SHARE`` are written ones."""
         rng = np.random.default_rng((self.seed, iteration))
         tokens = np.full((batch, length + 1), self.filler, np.uint16)
         counted = np.zeros((batch, length + 1), np.bool_)
         for row in range(batch):
             at = 0
             while at < length:
-                pool = self.pools[int(rng.integers(len(self.pools)))]
+                pool = self.written if rng.random() < WRITTEN_SHARE else self.pairs
                 chat = pool[int(rng.integers(len(pool)))]
                 n = min(len(chat.tokens), length + 1 - at)
                 tokens[row, at : at + n] = chat.tokens[:n]

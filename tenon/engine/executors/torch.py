@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tenon.base.clock import SYSTEM, Clock
 from tenon.base.errors import ConfigError, IntegrityError, ResourceError
+from tenon.base.machine import free_memory
 from tenon.engine.config import EngineConfig
 from tenon.engine.executors import native
 from tenon.engine.executors.attention import Attention, NativeAttention, TorchAttention, supports_native
@@ -69,17 +70,9 @@ def _tiled_experts(x_TM: Tensor, weight_TK: Tensor, expert_TK: Tensor, gate_up: 
 class TorchExecutor:
     """See the module's docstring. One model, one device; ``submit`` computes at once on CPU."""
 
-    def __init__(
-        self,
-        model: Decoder,
-        config: EngineConfig,
-        *,
-        on_phase: OnPhase,
-        clock: Clock = SYSTEM,
-        path: Path | None = None,
-    ) -> None:
+    def __init__(self, model: Decoder, config: EngineConfig, *, on_phase: OnPhase, clock: Clock = SYSTEM) -> None:
         self.spec: ModelSpec = model.spec
-        self._config, self._clock, self._path = config, clock, path
+        self._config, self._clock = config, clock
         self._dtype = model.embed.weight.dtype
         self._device = model.embed.weight.device
         self._invariant = config.numerics == "invariant"
@@ -123,7 +116,7 @@ class TorchExecutor:
         else:
             model = random_decoder(spec, config.weights_seed, DTYPES[dtype]).to(device)
         on_phase("weights", 1.0, f"{spec.n_parameters() / 1e6:.1f} M parameters as {dtype}")
-        return cls(model, config, on_phase=on_phase, clock=clock, path=folder)
+        return cls(model, config, on_phase=on_phase, clock=clock)
 
     @staticmethod
     def _choose_device(wanted: str) -> str:
@@ -178,8 +171,6 @@ class TorchExecutor:
         """Memory that a cache could take on this executor's device."""
         if self._device.type == "cuda":
             return max(0, torch.cuda.mem_get_info(self._device)[0] - SCRATCH_BYTES)
-        from tenon.engine.build import free_memory
-
         return max(0, free_memory() - SCRATCH_BYTES)
 
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:

@@ -80,7 +80,7 @@ def train_plan(decay_at: int, stop: int, batch_tokens: int) -> Plan:
 
 def sft_plan(stop: int) -> Plan:
     """Short: a low rate, falling from the start."""
-    return Plan(Wsd(10, 10, stop), 4096, Lengths(((0, 512),)), Rates(matrix=6e-4, vector=4e-4))
+    return Plan(Wsd(10, 10, stop), 4096, Lengths(((0, 512),)), Rates(matrix=1.5e-3, vector=1e-3))
 
 
 def draft_plan(decay_at: int, stop: int) -> Plan:
@@ -155,14 +155,14 @@ def _chats(vocabulary: Tokenizer) -> Chats:
 
 
 def sft(args: argparse.Namespace) -> bool:
-    """The supervised pass over the trained target: half conversations, half plain text."""
+    """The supervised pass over the trained target: conversations, and plain text so that it is not forgotten."""
     plan = sft_plan(args.sft_stop)
     vocabulary, documents = prepare(args.state)
     run = _started(TARGET, plan, args.state / "sft", SEED)
     if not run.resume():
         loop.set_weights(run.model, checkpoint.load(args.state / "target" / loop.NEWEST)[0])
     text = Rows(documents, SEED + 1)
-    objective = NextToken(Mixture(text, plan.lengths, plan.batch_tokens, _chats(vocabulary), chat_share=0.5))
+    objective = NextToken(Mixture(text, plan.lengths, plan.batch_tokens, _chats(vocabulary), chat_share=0.65))
     return _go("sft", run, objective)
 
 
@@ -229,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--stop", type=int, default=4200, help="train: last iteration")
     made.add_argument("--batch-tokens", type=int, default=4096, help="train: tokens per iteration")
     made.add_argument("--from-stable", action="store_true", help="train: go on from the state before the decay")
-    made.add_argument("--sft-stop", type=int, default=160, help="sft: iterations")
+    made.add_argument("--sft-stop", type=int, default=220, help="sft: iterations")
     made.add_argument("--draft-decay-at", type=int, default=300, help="draft: as --decay-at")
     made.add_argument("--draft-stop", type=int, default=500, help="draft: last iteration")
     made.add_argument("--stride", type=int, default=512, help="evaluate: tokens by which the window slides")
