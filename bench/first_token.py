@@ -122,7 +122,7 @@ CONTENDERS = {
 
 def cells(quick: bool) -> list[Cell]:
     installed = Cell("installed", {"clone": False}, 3 if quick else 9, 1, (), 5, 120)
-    clone = Cell("fresh clone", {"clone": True}, 3, 0, ("tenon",), 60, 600)
+    clone = Cell("fresh clone", {"clone": True}, 2, 0, ("tenon",), 60, 600)
     return [installed] if quick else [installed, clone]
 
 

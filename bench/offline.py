@@ -266,22 +266,22 @@ def cells(quick: bool) -> list[Cell]:
         3 if quick else 7, 1, ("tenon",), 3.0, 300,
     )  # fmt: skip
     small = [
-        _cell("embedded", 512, 1, 1.5, 3 if quick else 7, 64),
-        _cell("embedded", 512, 8, 2.5, 3 if quick else 7, 64),
-        _cell("smollm2-135m", 512, 1, 4, 3 if quick else 7, 32),
+        _cell("embedded", 512, 1, 0.5, 3 if quick else 7, 64),
+        _cell("embedded", 512, 8, 1.0, 3 if quick else 7, 64),
+        _cell("smollm2-135m", 512, 1, 1.5, 3 if quick else 7, 32),
     ]
     if quick:
         return [*small, book]
     return [
         *small,
-        _cell("smollm2-135m", 512, 8, 10, 5, 32, *CONTENDERS),
-        _cell("qwen3-0.6b", 512, 1, 8, 5, 24),
-        _cell("qwen3-0.6b", 512, 8, 35, 3, 24, *CONTENDERS),
-        _cell("embedded", 8192, 1, 8, 5, 48),
-        _cell("embedded", 8192, 8, 6, 5, 32),
-        _cell("smollm2-135m", 8192, 1, 40, 3, 32),
-        _cell("smollm2-135m", 8192, 8, 20, 5, 24),
-        _cell("qwen3-0.6b", 8192, 1, 130, 3, 16),
+        _cell("smollm2-135m", 512, 8, 6, 5, 32, *CONTENDERS),
+        _cell("qwen3-0.6b", 512, 1, 4, 5, 24),
+        _cell("qwen3-0.6b", 512, 8, 28, 3, 24, *CONTENDERS),
+        _cell("embedded", 8192, 1, 4, 5, 48),
+        _cell("embedded", 8192, 8, 3, 5, 32),
+        _cell("smollm2-135m", 8192, 1, 16, 3, 32),
+        _cell("smollm2-135m", 8192, 8, 8, 5, 24),
+        _cell("qwen3-0.6b", 8192, 1, 60, 2, 16),
         book,
     ]
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from tenon.base import files
 from tenon.base.errors import ConfigError
 from tenon.models.checkpoint import WEIGHTS, load_decoder
+from tenon.models.decoder import Decoder
 from tenon.training import checkpoint, corpus, evaluation, loop
 from tenon.training.evaluation import Score
 from tenon.training.tokenizer import END_OF_TEXT, special_id
@@ -30,10 +31,6 @@ def write(folder: Path, state: Path, stride: int, seed: int, console: Console) -
     vocabulary = Tokenizer.from_file(str(folder / "target" / "tokenizer.json"))
     read = corpus.load()
     held = list(read.held_out)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("evaluate", total=len(held) + len(corpus.HELD_OUT))
-        by_file = evaluation.score_files(target, vocabulary, held, stride, lambda: bar.advance(task))
-        by_package = evaluation.score_packages(target, vocabulary, held, stride, lambda: bar.advance(task))
     end = special_id(vocabulary, END_OF_TEXT)
     stream = torch.tensor([t for d in held for t in (end, *vocabulary.encode(d.framed).ids)])
     accepted = evaluation.acceptance(target, draft, stream, n_windows=32, window=512, n_draft=N_DRAFT, seed=seed)
@@ -53,19 +50,30 @@ def write(folder: Path, state: Path, stride: int, seed: int, console: Console) -
         "parameters": {name: m.spec.n_parameters() for name, m in (("target", target), ("draft", draft))},
         "weight_bytes": {name: (folder / name / WEIGHTS).stat().st_size for name in ("target", "draft")},
         "stages": {name: asdict(checkpoint.load(state / name / loop.NEWEST)[2]) for name in _stages(state)},
-        "bits_per_byte": {
-            "window": target.spec.max_position,
-            "stride": stride,
-            "files_overall": _row(evaluation.overall("all files, each for itself", by_file)),
-            "packages_overall": _row(evaluation.overall("all packages, each one stream", by_package)),
-            "packages": [_row(s) for s in by_package],
-            "files": [_row(s) for s in by_file],
-        },
+        "bits_per_byte": bits_per_byte(target, vocabulary, held, stride, console),
         "acceptance": asdict(accepted),
     }
     files.write_json(folder / "card.json", card)
     files.write_text(folder / "README.md", page(card))
     console.print(page(card), markup=False)
+
+
+def bits_per_byte(
+    target: Decoder, vocabulary: Tokenizer, held: list[corpus.Document], stride: int, console: Console
+) -> dict[str, Any]:
+    """Both views of the held-out text, file by file and package by package, as the card keeps them."""
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("evaluate", total=len(held) + len(corpus.HELD_OUT))
+        by_file = evaluation.score_files(target, vocabulary, held, stride, lambda: bar.advance(task))
+        by_package = evaluation.score_packages(target, vocabulary, held, stride, lambda: bar.advance(task))
+    return {
+        "window": target.spec.max_position,
+        "stride": stride,
+        "files_overall": _row(evaluation.overall("all files, each for itself", by_file)),
+        "packages_overall": _row(evaluation.overall("all packages, each one stream", by_package)),
+        "packages": [_row(s) for s in by_package],
+        "files": [_row(s) for s in by_file],
+    }
 
 
 def _stages(state: Path) -> list[str]:
