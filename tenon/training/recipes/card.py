@@ -107,7 +107,9 @@ A target of {target_m:.2f} M parameters and a draft of {draft_m:.2f} M, in Huggi
 (Qwen3, bf16, one tokenizer), {total:.1f} MB of weights together. \
 They are here so that everything in Tenon can run without a download; they know a little Python and nothing else.
 
-Trained from scratch by `{card["command"]}` (seed {card["seed"]}, Python {card["python"]}, one thread of a CPU):
+Trained from scratch by `{card["command"]}` (seed {card["seed"]}, Python {card["python"]}, torch {card["torch"]}, one \
+thread of a CPU), each stage stopped where the table says. A schedule that was moved between sittings is part of the \
+result: much the same figures come again, the same bits only with the same cuts.
 
 | stage | iterations | tokens | CPU time |
 |---|---|---|---|
