@@ -23,6 +23,7 @@ TITLE = "offline decoding against transformers, random weights, bf16, greedy"
 BASELINE = "generate"
 LIMITS = True
 
+ROOT = Path(__file__).resolve().parents[1]
 COMMON = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -31,12 +32,13 @@ COMMON = {
     "max_position_embeddings": 16384,
     "dtype": "bfloat16",
 }
+EMBEDDED = json.loads((ROOT / "tenon" / "models" / "embedded" / "target" / "config.json").read_text())
+SIZES = (
+    "model_type", "architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "intermediate_size", "rope_theta",
+)  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
-    "embedded": {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 4096, "hidden_size": 192,
-        "num_hidden_layers": 12, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
-        "intermediate_size": 512, "rope_theta": 10000.0,
-    },
+    "embedded": {name: EMBEDDED[name] for name in SIZES},
     "smollm2-135m": {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576,
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
