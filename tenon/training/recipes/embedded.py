@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 from tenon.base import files
-from tenon.base.errors import ConfigError
+from tenon.base.errors import ConfigError, TenonError
 from tenon.models.decoder import Decoder
 from tenon.models.spec import ModelSpec
 from tenon.training import chats, checkpoint, corpus, loop, tokenizer
@@ -241,7 +242,11 @@ def main() -> int:
     args.state = args.state or files.state_folder() / "embedded"
     torch.set_num_threads(1)
     loop.keep_heap()
-    return 0 if COMMANDS[args.command](args) else 130
+    try:
+        return 0 if COMMANDS[args.command](args) else 130
+    except TenonError as error:
+        print(f"embedded: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
