@@ -6,7 +6,7 @@
 
 typedef struct {
     int64_t n_rows, n_items;
-    int64_t n_heads, n_kv_heads, head_dim, block_tokens;
+    int64_t n_heads, n_kv_heads, head_dim, n_blocks, block_tokens;
     int64_t window;              // positions a row sees, itself included; 0: all
     const int32_t *pos;          // [T] position of each row
     const int32_t *base;         // [T] last position that is read through the table: pos, or the tree root's

@@ -1,18 +1,18 @@
 // The body of paged attention, included once per storage type with SCALAR, LOAD, STORE, TO_F, NAME(x) defined.
 //
-// Cache layout: K [block, G, D, B] (sixteen positions of one channel lie side by side: a dot product over channels
-// needs no shuffles), V [block, G, B, D]. Online softmax runs over tiles of 64 absolute positions from the first visible
+// Cache layout: K [G, block, D, B] (sixteen positions of one channel lie side by side: a dot product over channels
+// needs no shuffles), V [G, block, B, D]; heads outermost, so that blocks allocated in a row are read in a row. Online softmax runs over tiles of 64 absolute positions from the first visible
 // one upwards, in parts of 16: a row's bits depend neither on its neighbours nor on how the context was cut into chunks.
 // Each K and V byte of a tile is read from memory once for all rows and heads of an item.
 
 static void NAME(write_kv)(const attend_step *a, int64_t row, const SCALAR *k, const SCALAR *v, SCALAR *kc, SCALAR *vc) {
-    const int64_t G = a->n_kv_heads, D = a->head_dim, B = a->block_tokens;
+    const int64_t G = a->n_kv_heads, D = a->head_dim, B = a->block_tokens, N = a->n_blocks;
     const int64_t block = a->slot[row] / B, off = a->slot[row] % B;
     for (int64_t g = 0; g < G; g++) {
         const SCALAR *ks = k + (row * G + g) * D, *vs = v + (row * G + g) * D;
-        SCALAR *kd = kc + (block * G + g) * D * B + off;
+        SCALAR *kd = kc + (g * N + block) * D * B + off;
         for (int64_t d = 0; d < D; d++) kd[d * B] = ks[d];
-        memcpy(vc + ((block * G + g) * B + off) * D, vs, D * sizeof(SCALAR));
+        memcpy(vc + ((g * N + block) * B + off) * D, vs, D * sizeof(SCALAR));
     }
 }
 
@@ -20,12 +20,12 @@ static void NAME(write_kv)(const attend_step *a, int64_t row, const SCALAR *k, c
 static inline __attribute__((always_inline)) void NAME(load_part)(
     const attend_step *a, const int32_t *table, const int32_t *path, int64_t base, int64_t first, int64_t last,
     int64_t g, const SCALAR *kc, const SCALAR *vc, float *kf, float *vf, const int64_t D) {
-    const int64_t G = a->n_kv_heads, B = a->block_tokens;
+    const int64_t N = a->n_blocks, B = a->block_tokens;
     const int64_t n = last - first + 1 < 16 ? last - first + 1 : 16;
     if (first + n - 1 <= base) {
         const int64_t block = table[first / B], off = first % B;
-        const SCALAR *ks = kc + (block * G + g) * D * B + off;
-        const SCALAR *vs = vc + ((block * G + g) * B + off) * D;
+        const SCALAR *ks = kc + (g * N + block) * D * B + off;
+        const SCALAR *vs = vc + ((g * N + block) * B + off) * D;
         for (int64_t d = 0; d < D; d++) store_f(kf + d * 16, LOAD(ks + d * B));
         for (int64_t i = 0; i < n * D; i += 16) store_f(vf + i, LOAD(vs + i));
         return;
@@ -34,8 +34,8 @@ static inline __attribute__((always_inline)) void NAME(load_part)(
     for (int64_t j = 0; j < n; j++) {
         const int64_t p = first + j;
         const int64_t slot = p <= base ? table[p / B] * B + p % B : path[p - base - 1];
-        const SCALAR *ks = kc + ((slot / B) * G + g) * D * B + slot % B;
-        const SCALAR *vs = vc + (((slot / B) * G + g) * B + slot % B) * D;
+        const SCALAR *ks = kc + (g * N + slot / B) * D * B + slot % B;
+        const SCALAR *vs = vc + ((g * N + slot / B) * B + slot % B) * D;
         for (int64_t d = 0; d < D; d++) kf[d * 16 + j] = TO_F(ks[d * B]);
         for (int64_t d = 0; d < D; d += 16) store_f(vf + j * D + d, LOAD(vs + d));
     }
@@ -48,7 +48,7 @@ static inline __attribute__((always_inline)) void NAME(prefetch)(
     const int64_t D) {
     const int64_t B = a->block_tokens;
     if (at > base) return;
-    const SCALAR *head = c + ((int64_t)table[at / B] * a->n_kv_heads + g) * D * B;
+    const SCALAR *head = c + (g * a->n_blocks + table[at / B]) * D * B;
     if (k && B > 16)
         for (int64_t d = 0; d < D; d++) __builtin_prefetch(head + d * B + at % B, 0, 2);
     else
@@ -97,7 +97,7 @@ static inline __attribute__((always_inline)) void NAME(prefetch)(
 static inline __attribute__((always_inline)) void NAME(item)(
     const attend_step *a, int64_t item, int64_t g, float scale, const SCALAR *q, const SCALAR *kc, const SCALAR *vc,
     SCALAR *out, float *scratch, const int64_t D) {
-    const int64_t H = a->n_heads, G = a->n_kv_heads, B = a->block_tokens, rep = H / G;
+    const int64_t H = a->n_heads, N = a->n_blocks, B = a->block_tokens, rep = H / a->n_kv_heads;
     const int64_t r0 = a->item_row[item], n_rows = a->item_n[item], nq = n_rows * rep, Q = (nq + 3) / 4 * 4;
     const int32_t *table = a->table + a->item_table[item];
     float *qf = scratch, *acc = qf + Q * D, *s = acc + Q * D, *m = s + Q * TILE, *l = m + Q;
@@ -133,7 +133,7 @@ static inline __attribute__((always_inline)) void NAME(item)(
             const int64_t at = t + c * 16;
             NAME(prefetch)(a, table, at + TILE, base, g, kc, 1, D);
             if (direct) {
-                const SCALAR *ks = kc + ((int64_t)table[at / B] * G + g) * D * B + at % B;
+                const SCALAR *ks = kc + (g * N + table[at / B]) * D * B + at % B;
                 const float *q0 = qf;
                 float *dst = s + c * 16;
                 BY_COUNT(nq, SCORES, LOAD(ks + d * B))
@@ -184,7 +184,7 @@ static inline __attribute__((always_inline)) void NAME(item)(
             const int64_t at = t + c * 16, n = last - at + 1 < 16 ? last - at + 1 : 16;
             NAME(prefetch)(a, table, at + TILE, base, g, vc, 0, D);
             if (direct) {
-                const SCALAR *vs = vc + (((int64_t)table[at / B] * G + g) * B + at % B) * D;
+                const SCALAR *vs = vc + ((g * N + table[at / B]) * B + at % B) * D;
                 const float *p0 = s + c * 16;
                 float *acc0 = acc;
                 BY_COUNT(nq, VALUES, V_CACHE)

@@ -170,7 +170,7 @@ class TorchAttention:
 
 
 class NativeAttention:
-    """The C kernel over K [block, G, D, B] and V [block, G, B, D]; CPU, fp32 or bf16."""
+    """The C kernel over K [G, block, D, B] and V [G, block, B, D]; CPU, fp32 or bf16."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, native: Native) -> None:
         self._spec, self._dtype, self._attend = spec, dtype, native.attend[dtype]
@@ -178,7 +178,8 @@ class NativeAttention:
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
         size = self._size = groups[0].block_tokens
         G, D = self._spec.n_kv_heads, self._spec.head_dim
-        shapes = ((n_blocks, G, D, size), (n_blocks, G, size, D))
+        shapes = ((G, n_blocks, D, size), (G, n_blocks, size, D))
+        self._n_blocks = n_blocks
         self._layers = _allocate(groups, shapes, torch.empty(0, dtype=self._dtype))
         self._windows = [group.window or 0 for group in groups]
 
@@ -197,8 +198,8 @@ class NativeAttention:
                     torch.from_numpy(moves[:, 1].astype(np.int64)),
                 )
                 (sb, so), (tb, to) = ((x // self._size, x % self._size) for x in (source, target))
-                layer.k[tb, :, :, to] = layer.k[sb, :, :, so]
-                layer.v[tb, :, to] = layer.v[sb, :, so]
+                layer.k[:, tb, :, to] = layer.k[:, sb, :, so]
+                layer.v[:, tb, to] = layer.v[:, sb, so]
 
     def _plan(self, step: Step, group: GroupStep, window: int) -> AttendStep:
         """Cut the step into items: runs of chain rows of one span, single tree rows."""
@@ -224,7 +225,7 @@ class NativeAttention:
         slot, blocks, item_row, item_n, item_table = (a.ctypes.data for a in arrays)
         spec = self._spec
         return AttendStep(
-            step.n_rows, len(row), spec.n_heads, spec.n_kv_heads, spec.head_dim, self._size, window,
+            step.n_rows, len(row), spec.n_heads, spec.n_kv_heads, spec.head_dim, self._n_blocks, self._size, window,
             self._pos.ctypes.data, self._base.ctypes.data, self._parent.ctypes.data,
             slot, blocks, item_row, item_n, item_table,
         )  # fmt: skip

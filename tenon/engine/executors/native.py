@@ -33,7 +33,7 @@ class AttendStep(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("n_rows", "n_items", "n_heads", "n_kv_heads", "head_dim")),
-        *((name, c_int64) for name in ("block_tokens", "window")),
+        *((name, c_int64) for name in ("n_blocks", "block_tokens", "window")),
         *((name, c_void_p) for name in ("pos", "base", "parent", "slot", "table")),
         *((name, c_void_p) for name in ("item_row", "item_n", "item_table")),
     ]  # fmt: skip
