@@ -268,9 +268,9 @@ def cells(quick: bool) -> list[Cell]:
         3 if quick else 7, 1, ("tenon",), 3.0, 300,
     )  # fmt: skip
     small = [
-        _cell("embedded", 512, 1, 0.5, 3 if quick else 7, 64),
-        _cell("embedded", 512, 8, 1.0, 3 if quick else 7, 64),
-        _cell("smollm2-135m", 512, 1, 1.5, 3 if quick else 7, 32),
+        _cell("embedded", 512, 1, 0.5, 3 if quick else 7, 256),
+        _cell("embedded", 512, 8, 1.0, 3 if quick else 7, 256),
+        _cell("smollm2-135m", 512, 1, 3, 3 if quick else 7, 64),
     ]
     if quick:
         return [*small, book]
