@@ -72,20 +72,22 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
     spec = read_config(folder)
     eos_ids = read_generation(folder, spec).eos_ids
     on_phase("config", 1.0, f"{spec.family}, {spec.n_parameters() / 1e6:.1f} M parameters")
+    name = Path(config.model).name or config.model
+    groups = spec.kv_groups(
+        name, config.block_tokens, DTYPE_BYTES[spec.dtype if config.dtype == "auto" else config.dtype]
+    )
+    if config.kv_bytes is not None:
+        plan_memory(config, spec, groups, 0)  # what cannot fit is said before the weights are loaded
     executor: Executor
     if config.executor == "hash":
         from tenon.engine.executors.hash import HashExecutor
 
-        executor = HashExecutor(spec.vocab_size)
-        kv_dtype_bytes, free = 2, 1 << 30
+        executor, free = HashExecutor(spec.vocab_size), 1 << 30
     else:
         from tenon.engine.executors.torch import TorchExecutor
 
         torch_executor = TorchExecutor.load(folder, spec, config, on_phase, clock)
-        executor, kv_dtype_bytes = torch_executor, DTYPE_BYTES[torch_executor.caps.dtype]
-        free = torch_executor.free_bytes()
-    name = Path(config.model).name or config.model
-    groups = spec.kv_groups(name, config.block_tokens, kv_dtype_bytes)
+        executor, free = torch_executor, torch_executor.free_bytes()
     memory = plan_memory(config, spec, groups, free)
     on_phase("memory", 0.0, f"{memory.kv_bytes / 2**20:.0f} MiB for {memory.tokens} tokens")
     executor.allocate(groups, memory.n_blocks)
