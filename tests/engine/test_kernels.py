@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tenon.base import philox
+from tenon.base.errors import IntegrityError
 from tenon.engine.executors import native
-from tenon.engine.executors.attention import NativeAttention, TorchAttention
+from tenon.engine.executors.attention import MAX_DEPTH, NativeAttention, TorchAttention, roots
 from tenon.engine.executors.native import NativeMaths
 from tenon.engine.sampling import sample_rows
 from tenon.engine.step import Step
@@ -25,6 +26,17 @@ pytestmark = pytest.mark.torch
 FP32, BF16 = torch.float32, torch.bfloat16
 CLOSE = {FP32: 2e-6, BF16: 2.0**-8}
 """Largest error over the largest value: a few roundings of fp32, one of bf16."""
+
+
+@pytest.mark.parametrize(("depth", "taken"), [(MAX_DEPTH, True), (MAX_DEPTH + 1, False)])
+def test_a_tree_deeper_than_the_kernel_takes_is_refused(depth: int, taken: bool) -> None:
+    n = depth + 1
+    deep = step([Run(0, [1] * n, list(range(n)), [[1]], parent=[-1, *range(depth)], slots=[[0] * n])])
+    if taken:
+        assert roots(deep).tolist() == [0] * n
+    else:
+        with pytest.raises(IntegrityError, match="rows deep"):
+            roots(deep)
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = FP32) -> Tensor:

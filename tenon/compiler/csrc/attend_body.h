@@ -1,7 +1,8 @@
 // The body of paged attention, included once per storage type with SCALAR, LOAD, STORE, TO_F, NAME(x) defined.
 //
 // Cache layout: K [G, block, D, B] (sixteen positions of one channel lie side by side: a dot product over channels
-// needs no shuffles), V [G, block, B, D]; heads outermost, so that blocks allocated in a row are read in a row. Online softmax runs over tiles of 64 absolute positions from the first visible
+// needs no shuffles), V [G, block, B, D]; heads outermost, so that blocks allocated in a row are read in a row.
+// Online softmax runs over tiles of 64 absolute positions from the first visible
 // one upwards, in parts of 16: a row's bits depend neither on its neighbours nor on how the context was cut into chunks.
 // Each K and V byte of a tile is read from memory once for all rows and heads of an item.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -25,6 +26,8 @@ from tenon.engine.executors.native import SUFFIX, AttendStep, Native
 from tenon.engine.step import I32, GroupStep, Step
 from tenon.models.spec import KVGroup, ModelSpec
 
+MAX_DEPTH = 4096
+"""Of a tree below its root; the same number stands in attend.c."""
 ITEM_ROWS = 16
 """Rows of one span that the C kernel takes through a tile of keys together."""
 
@@ -50,6 +53,8 @@ def roots(step: Step) -> I32:
         if step.parent[row] >= row or step.pos[row] != step.pos[step.parent[row]] + 1:
             raise IntegrityError(f"tree row {row} must follow its parent, one position further")
         base[row] = base[step.parent[row]]
+    if step.n_rows and (step.pos - base).max() > MAX_DEPTH:
+        raise IntegrityError(f"a tree is {(step.pos - base).max()} rows deep; the kernel takes {MAX_DEPTH}")
     return base
 
 
@@ -72,7 +77,8 @@ def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         memory = mmap.mmap(-1, max(math.prod(shape) * like.element_size(), 1), flags=private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without huge pages refuses the wish; small pages do, more slowly
+                memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=like.dtype).view(shape)
     except (RuntimeError, OSError) as error:
         raise ResourceError(f"no memory for the KV cache: {str(error).splitlines()[0]}") from error

@@ -21,7 +21,6 @@ from tenon.training import checkpoint, corpus, evaluation, loop
 from tenon.training.evaluation import Score
 from tenon.training.tokenizer import END_OF_TEXT, special_id
 
-TARGET_OF_XZ = 0.8
 N_DRAFT = 4
 
 
