@@ -121,17 +121,19 @@ class Tenon:
         return metrics | {"step_over_linear": statistics.median(steps) / self._linear_s(len(steps))}
 
     def _linear_s(self, rounds: int) -> float:
-        """Median seconds of one step's linear layers alone: same modules, same number of rows, same order."""
+        """Median seconds of one step's linear layers alone: same weights, same number of rows, same order."""
         import torch
 
-        executor = self._engine.executor
-        spec, batch = executor.spec, self._cell["batch"]
-        calls: list[tuple[Any, int]] = []
-        for layer in executor.model.layers:
-            calls += [(layer.qkv, spec.hidden_size), (layer.out, spec.q_size)]
-            calls += [(layer.mlp.gate_up, spec.hidden_size), (layer.mlp.down, spec.intermediate_size)]
-        calls.append((executor.model.lm_head, spec.hidden_size))
-        device = executor.model.embed.weight.device
+        from tenon.engine.executors.stack import Stack
+
+        forward, batch = self._engine.executor.forward, self._cell["batch"]
+        if isinstance(forward, Stack):
+            device = torch.device("cpu")
+            calls: list[tuple[Any, int]] = [(product, product.K) for product in forward.products]
+        else:
+            device = forward.model.embed.weight.device
+            linear = [module for module in forward.model.modules() if isinstance(module, torch.nn.Linear)]
+            calls = [(module, module.in_features) for module in linear]
         inputs = [(module, torch.randn(batch, width, dtype=torch.bfloat16, device=device)) for module, width in calls]
         seconds = []
         with torch.inference_mode():

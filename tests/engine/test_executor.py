@@ -79,7 +79,7 @@ def test_scores_and_hidden_states_come_when_asked_for(lab: Labs) -> None:
     assert result.scores == pytest.approx(right[4, [8, 9]].numpy(), abs=1e-4)
     assert result.ids.tolist() == [int(right[10].argmax()), -1, -1]
     assert result.hidden.shape == (2, it.spec.hidden_size)
-    again = it.executor.model.logits(torch.from_numpy(result.hidden))
+    again = it.executor.forward.logits(torch.from_numpy(result.hidden))
     assert errors(again, it.references([tuple(a)])[0][[4, 11]]).max() <= 1e-5
 
 

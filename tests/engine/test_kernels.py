@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from tenon.base import philox
 from tenon.base.errors import IntegrityError
 from tenon.engine.executors import native
 from tenon.engine.executors.attention import MAX_DEPTH, NativeAttention, TorchAttention, roots
-from tenon.engine.executors.native import NativeMaths
+from tenon.engine.executors.linear import PackedLinear, packed_size
 from tenon.engine.sampling import sample_rows
 from tenon.engine.step import Step
 from tenon.models.decoder import Maths
@@ -103,7 +104,7 @@ def steps(size: int, seed: int) -> list[Step]:
 def test_attention_equals_gathered_attention(shape: Shape, dtype: torch.dtype) -> None:
     H, G, D, size = shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.block_tokens
     spec = ModelSpec("llama", 10, H * D, 1, H, G, D, 8, 512, windows=(shape.window,))
-    ours = NativeAttention(spec, dtype, native.load())
+    ours = NativeAttention(spec, dtype)
     plain = TorchAttention(spec, torch.float64, torch.device("cpu"))
     groups = spec.kv_groups("m", size, 4)
     for attention in (ours, plain):
@@ -114,9 +115,70 @@ def test_attention_equals_gathered_attention(shape: Shape, dtype: torch.dtype) -
         k = k * 3
         ours.begin(made)
         plain.begin(made)
-        found = ours.attend(q, k, v, 0, D**-0.5, shape.window or 0)
+        found, cache = torch.empty_like(q), ours.layers[0]
+        places = (t.data_ptr() for t in (q, k, v, cache.k, cache.v, found))
+        assert native.load().attend[dtype](ctypes.addressof(ours.plans), D**-0.5, *places) == 0
         right = plain.attend(q.double(), k.double(), v.double(), 0, D**-0.5, shape.window or 0)
         assert error(found, right) <= 2 * CLOSE[dtype], i
+
+
+class NativeMaths:
+    """The row-wise kernels with the arguments of ``Maths``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.of, self.dtype = native.load(), dtype
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        self.of.norm[self.dtype](x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr())
+        return out
+
+    def add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out = torch.empty_like(x)
+        places = (t.data_ptr() for t in (x, delta, weight))
+        self.of.add_norm[self.dtype](*places, eps, *x.shape, out.data_ptr())
+        return x, out
+
+    def heads(
+        self, qkv: Tensor, spec: ModelSpec, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        T, H, G, D = len(qkv), spec.n_heads, spec.n_kv_heads, spec.head_dim
+        q, k, v = (torch.empty((T, n, D), dtype=qkv.dtype) for n in (H, G, G))
+        norms = (None if w is None else w.data_ptr() for w in (q_norm, k_norm))
+        out = (t.data_ptr() for t in (q, k, v))
+        self.of.heads[self.dtype](
+            qkv.data_ptr(), *norms, spec.norm_eps, cos.data_ptr(), sin.data_ptr(), T, H, G, D, *out
+        )
+        return q, k, v
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        T, F = len(gate_up), gate_up.shape[1] // 2
+        out = torch.empty((T, F), dtype=gate_up.dtype)
+        self.of.swiglu[self.dtype](gate_up.data_ptr(), T, F, out.data_ptr())
+        return out
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    return PackedLinear(native.load(), weight, bias, torch.empty(packed_size(*weight.shape), dtype=weight.dtype))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 2), (15, 8), (16, 32), (33, 62), (130, 576), (700, 2050)])
+def test_linear_layers_equal_wide_products_and_rows_stand_alone(n: int, k: int, dtype: torch.dtype) -> None:
+    weight, bias = normal(1, n, k, dtype=dtype), normal(2, n, dtype=dtype)
+    for made, added in ((linear(weight, bias), bias), (linear(weight, None), torch.zeros(n))):
+        alone = torch.cat([made(row[None]) for row in normal(3, 67, k, dtype=dtype)])
+        for T in (*range(1, 34), 67):
+            x = normal(3, 67, k, dtype=dtype)[:T]
+            found = made(x)
+            assert error(found, x.double() @ weight.double().T + added.double()) <= max(CLOSE[dtype], 2e-7 * k**0.5)
+            assert torch.equal(found, alone[:T]), T
+
+
+def test_weights_of_another_order_in_memory_are_packed_as_they_read() -> None:
+    weight, x = normal(1, 40, 24), normal(2, 5, 24)
+    assert torch.equal(linear(weight, None)(x), linear(weight.T.contiguous().T, None)(x))
+    assert torch.equal(linear(weight, None)(x), linear(weight, None)(x.T.contiguous().T))
 
 
 SPECS = [ModelSpec("llama", 10, 64, 1, h, g, d, 8, 512) for h, g, d in ((4, 2, 16), (3, 1, 32), (5, 5, 80), (2, 2, 6))]
@@ -125,7 +187,7 @@ SPECS = [ModelSpec("llama", 10, 64, 1, h, g, d, 8, 512) for h, g, d in ((4, 2, 1
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("n", [1, 15, 16, 33, 576])
 def test_norms_and_gates_equal_the_plain_maths(n: int, dtype: torch.dtype) -> None:
-    ours, plain = NativeMaths(native.load(), dtype), Maths()
+    ours, plain = NativeMaths(dtype), Maths()
     x, delta = normal(1, 37, n, dtype=dtype), normal(2, 37, n, dtype=dtype)
     weight, gate_up = normal(3, n, dtype=dtype), normal(4, 37, 2 * n, dtype=dtype) * 4
     wide = x.double(), delta.double(), weight.double()
@@ -147,7 +209,7 @@ def test_heads_are_split_normed_and_rotated_as_in_plain_maths(
     qkv = normal(1, T, spec.q_size + 2 * spec.kv_size, dtype=dtype)
     norms = (normal(2, D, dtype=dtype), normal(3, D, dtype=dtype)) if normed else (None, None)
     angle = normal(4, T, D // 2) * 100
-    found = NativeMaths(native.load(), dtype).heads(qkv, spec, *norms, angle.cos(), angle.sin())
+    found = NativeMaths(dtype).heads(qkv, spec, *norms, angle.cos(), angle.sin())
     wide = [None if w is None else w.double() for w in norms]
     right = Maths().heads(qkv.double(), spec, wide[0], wide[1], angle.cos().double(), angle.sin().double())
     for ours, theirs in zip(found, right, strict=True):
@@ -156,7 +218,7 @@ def test_heads_are_split_normed_and_rotated_as_in_plain_maths(
 
 def test_extremes_of_the_gate_stay_finite() -> None:
     x = torch.tensor([[-1e4, -100.0, -88.0, 0.0, 88.0, 1e4, -1e30, 3.0] + [1.0] * 24], dtype=FP32)
-    found = NativeMaths(native.load(), FP32).swiglu(x)
+    found = NativeMaths(FP32).swiglu(x)
     torch.testing.assert_close(found, Maths().swiglu(x))
 
 

@@ -148,8 +148,6 @@ def test_a_block_of_another_sequence_shows(name: str, lab: Labs) -> None:
 def test_an_ignored_window_shows(name: str, lab: Labs) -> None:
     it, a = lab(name), sequence(8)
     wide = Lab(name, "fp32", it.folder, 32)
-    for layer in wide.executor.model.layers:
-        layer.window = 0
     groups = tuple(replace(group, window=None) for group in wide.groups())
     wide.executor.allocate(groups, 64)
     fresh(it)

@@ -1,7 +1,7 @@
-"""Paged attention behind one face: ``begin`` reads a step's arrays once, ``attend`` runs once per layer.
+"""Paged attention behind one face: ``allocate`` makes the cache, ``begin`` reads a step's arrays once.
 
-``TorchAttention`` runs anywhere torch does, by gathering. ``NativeAttention`` (CPU) reads each KV byte in place, once
-per span, through the C kernel.
+``TorchAttention`` runs anywhere torch does, by gathering. ``NativeAttention`` (CPU) plans for the C kernel, which reads
+each KV byte in place, once per span.
 
 Shapes: T rows, H query heads, G key/value heads, D head size, B tokens per block, S spans, L context length.
 """
@@ -9,9 +9,6 @@ Shapes: T rows, H query heads, G key/value heads, D head size, B tokens per bloc
 from __future__ import annotations
 
 import ctypes
-import math
-import mmap
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -21,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tenon.base.errors import IntegrityError, ResourceError
-from tenon.engine.executors.native import SUFFIX, AttendStep, Native
+from tenon.base.errors import IntegrityError
+from tenon.engine.executors.memory import zeros
+from tenon.engine.executors.native import AttendStep
 from tenon.engine.step import I32, GroupStep, Step
 from tenon.models.spec import KVGroup, ModelSpec
 
@@ -41,10 +39,6 @@ class Attention(Protocol):
         """Take over a step's arrays and carry out its moves; valid until the next ``begin``."""
         ...
 
-    def attend(self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layer: int, scale: float, window: int) -> Tensor:
-        """Write the layer's K and V, then attend by the step's rules. Returns (T, H, D)."""
-        ...
-
 
 def roots(step: Step) -> I32:
     """(T,) the position up to which a row reads through its block table: its own, or its tree root's."""
@@ -59,7 +53,7 @@ def roots(step: Step) -> I32:
 
 
 @dataclass
-class _Cache:
+class Cache:
     """K and V of one layer, and which group's arrays say where."""
 
     k: Tensor
@@ -67,30 +61,14 @@ class _Cache:
     group: int
 
 
-def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Zeroed memory for a cache. On CPU in huge pages where the system grants them: blocks lie scattered, and with
-    small pages most of an attention's time goes into address translation. Raises ``ResourceError``.
-    """
-    try:
-        if like.device.type != "cpu":
-            return like.new_zeros(shape)
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        memory = mmap.mmap(-1, max(math.prod(shape) * like.element_size(), 1), flags=private)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without huge pages refuses the wish; small pages do, more slowly
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=like.dtype).view(shape)
-    except (RuntimeError, OSError) as error:
-        raise ResourceError(f"no memory for the KV cache: {str(error).splitlines()[0]}") from error
-
-
 def _allocate(
     groups: tuple[KVGroup, ...], shapes: tuple[tuple[int, ...], tuple[int, ...]], like: Tensor
-) -> list[_Cache]:
-    layers: dict[int, _Cache] = {}
+) -> list[Cache]:
+    layers: dict[int, Cache] = {}
     for index, group in enumerate(groups):
         for layer in group.layers:
-            layers[layer] = _Cache(zeros(shapes[0], like), zeros(shapes[1], like), index)
+            k, v = (zeros(shape, like, "the KV cache") for shape in shapes)
+            layers[layer] = Cache(k, v, index)
     return [layers[i] for i in range(len(layers))]
 
 
@@ -159,6 +137,7 @@ class TorchAttention:
         return slots, seen_pos, visible
 
     def attend(self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layer: int, scale: float, window: int) -> Tensor:
+        """Write the layer's K and V, then attend by the step's rules. Returns (T, H, D)."""
         cache = self._layers[layer]
         slot = self._slot[cache.group]
         cache.k[slot], cache.v[slot] = k_TGD, v_TGD
@@ -176,27 +155,29 @@ class TorchAttention:
 
 
 class NativeAttention:
-    """The C kernel over K [G, block, D, B] and V [G, block, B, D]; CPU, fp32 or bf16."""
+    """What the C kernel reads: caches K [G, block, D, B] and V [G, block, B, D], a plan of the step for each group."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, native: Native) -> None:
-        self._spec, self._dtype, self._attend = spec, dtype, native.attend[dtype]
+    layers: list[Cache]
+    plans: ctypes.Array[AttendStep]
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+        self._spec, self._dtype = spec, dtype
 
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
         size = self._size = groups[0].block_tokens
         G, D = self._spec.n_kv_heads, self._spec.head_dim
         shapes = ((G, n_blocks, D, size), (G, n_blocks, size, D))
         self._n_blocks = n_blocks
-        self._layers = _allocate(groups, shapes, torch.empty(0, dtype=self._dtype))
+        self.layers = _allocate(groups, shapes, torch.empty(0, dtype=self._dtype))
         self._windows = [group.window or 0 for group in groups]
 
     def begin(self, step: Step) -> None:
         self._base = roots(step)
         self._pos, self._parent = np.ascontiguousarray(step.pos), np.ascontiguousarray(step.parent)
-        self._groups = []
         self._keep: list[np.ndarray] = []
-        for group, window in zip(step.groups, self._windows, strict=True):
-            self._groups.append(self._plan(step, group, window))
-        for layer in self._layers:
+        plans = [self._plan(step, group, window) for group, window in zip(step.groups, self._windows, strict=True)]
+        self.plans = (AttendStep * len(plans))(*plans)
+        for layer in self.layers:
             moves = step.groups[layer.group].moves
             if len(moves):
                 source, target = (
@@ -235,20 +216,3 @@ class NativeAttention:
             self._pos.ctypes.data, self._base.ctypes.data, self._parent.ctypes.data,
             slot, blocks, item_row, item_n, item_table,
         )  # fmt: skip
-
-    def attend(self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layer: int, scale: float, window: int) -> Tensor:
-        cache = self._layers[layer]
-        plan = self._groups[cache.group]
-        out_THD = torch.empty_like(q_THD)
-        failed = self._attend(
-            ctypes.addressof(plan), scale, q_THD.data_ptr(), k_TGD.data_ptr(), v_TGD.data_ptr(),
-            cache.k.data_ptr(), cache.v.data_ptr(), out_THD.data_ptr(),
-        )  # fmt: skip
-        if failed:
-            raise ResourceError("no memory for the attention kernel's scratch")
-        return out_THD
-
-
-def supports_native(spec: ModelSpec, dtype: torch.dtype, head_multiple: int) -> bool:
-    """Whether the C kernel covers this model."""
-    return dtype in SUFFIX and spec.head_dim % head_multiple == 0

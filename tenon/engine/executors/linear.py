@@ -1,71 +1,42 @@
-"""Linear layers for serving on CPU: weights reordered once for oneDNN, and a form whose rows stand alone.
+"""Linear layers for serving on CPU: weights reordered once into panels, multiplied by the C kernel.
 
-Both stand in for a decoder's ``torch.nn.Linear`` modules; the original weights are let go.
+The kernel computes each output in one order whatever it is computed beside, so a row's bits depend on the row alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+import math
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-TILE_ROWS = 16
-linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
+from tenon.base.errors import ResourceError
+from tenon.engine.executors.native import Native
+
+PANEL = 16
+"""Outputs that lie side by side; see ``compiler/csrc/linear_body.h``."""
 
 
-Product = Callable[[Tensor], Tensor]
+def packed_size(n: int, k: int) -> int:
+    """Elements of a packed weight [n, k]."""
+    return math.ceil(n / PANEL) * PANEL * k
 
 
 class PackedLinear:
-    """y = x W^T + b with W in oneDNN's blocked order. Inference only."""
+    """y = x W^T + b. ``memory`` takes the packed weight: at least ``packed_size(N, K)`` elements."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
-        self._bias = linear.bias
-
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        return cast(Tensor, linear_pointwise(x_TK, self._packed, self._bias, "none", [], ""))
-
-
-class TiledLinear:
-    """Rows in tiles of 16, padded: each product has one shape, so a row's bits do not depend on its company.
-
-    Costs up to 16 times the arithmetic of a single row; see the measured cost in the documentation.
-    """
-
-    def __init__(self, inner: Product) -> None:
-        self._inner = inner
+    def __init__(self, native: Native, weight_NK: Tensor, bias_N: Tensor | None, memory: Tensor) -> None:
+        self.N, self.K = weight_NK.shape
+        weight_NK = weight_NK.detach().contiguous()
+        self.memory, self.bias = memory, None if bias_N is None else bias_N.detach().contiguous()
+        native.pack[weight_NK.dtype](weight_NK.data_ptr(), self.N, self.K, memory.data_ptr())
+        self._product = native.linear[weight_NK.dtype]
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        return in_tiles(self._inner, x_TK)
-
-
-def in_tiles(product: Product, x_TK: Tensor) -> Tensor:
-    """``product`` over ``x`` in tiles of exactly ``TILE_ROWS`` rows, the last one padded with zeros."""
-    T = x_TK.shape[0]
-    padded = F.pad(x_TK, (0, 0, 0, -T % TILE_ROWS))
-    return torch.cat([product(tile) for tile in padded.split(TILE_ROWS)])[:T]
-
-
-def prepare(model: nn.Module, *, pack: bool, tiled: bool, on_layer: Callable[[int, int], None]) -> None:
-    """Replace every ``Linear`` of ``model``. ``on_layer(done, total)`` hears about progress.
-
-    What is put in its place is a plain callable, not a module: at batch 1 a module's call costs as much as a small
-    layer's arithmetic.
-    """
-    found = [
-        (parent, name) for parent in model.modules() for name, m in parent.named_children() if type(m) is nn.Linear
-    ]
-    for i, (parent, name) in enumerate(found):
-        linear: Product = getattr(parent, name)
-        if pack:
-            linear = PackedLinear(cast(nn.Linear, linear))
-        if tiled:
-            linear = TiledLinear(linear)
-        if not isinstance(linear, nn.Module):
-            delattr(parent, name)
-        setattr(parent, name, linear)
-        on_layer(i + 1, len(found))
+        x_TK = x_TK.contiguous()
+        T = x_TK.shape[0]
+        out_TN = torch.empty((T, self.N), dtype=x_TK.dtype)
+        bias = None if self.bias is None else self.bias.data_ptr()
+        if self._product(x_TK.data_ptr(), self.memory.data_ptr(), bias, T, self.K, self.N, out_TN.data_ptr()):
+            raise ResourceError("no memory for a linear layer's scratch")
+        return out_TN

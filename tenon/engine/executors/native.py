@@ -1,4 +1,4 @@
-"""The C kernels of the torch executor on CPU: paged attention, row-wise maths, sampling noise.
+"""The C kernels of the torch executor on CPU: whole layers, their parts, sampling noise.
 
 Tensors go in as pointers; layouts are in ``compiler/csrc/attend_body.h``. Without a C compiler ``load`` raises
 and the executor goes on in torch alone, saying so once.
@@ -18,14 +18,10 @@ from torch import Tensor
 
 from tenon.base.errors import ResourceError
 from tenon.compiler import toolchain
-from tenon.models.decoder import Maths
-from tenon.models.spec import ModelSpec
 
-SOURCES = ("attend.c", "rows.c", "sample.c")
+SOURCES = ("attend.c", "linear.c", "rows.c", "sample.c", "stack.c")
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 Entry = dict[torch.dtype, Callable[..., int]]
-HEAD_MULTIPLE = 32
-"""The attention kernel needs head sizes that are multiples of this."""
 
 
 class AttendStep(ctypes.Structure):
@@ -49,6 +45,10 @@ class Native:
         self.add_norm: Entry = {}
         self.heads: Entry = {}
         self.swiglu: Entry = {}
+        self.linear: Entry = {}
+        self.pack: Entry = {}
+        self.stack: Entry = {}
+        self.stack_scratch: Entry = {}
         self._argmax: Entry = {}
         for dtype, suffix in SUFFIX.items():
             for table, name, arguments, result in (
@@ -57,6 +57,10 @@ class Native:
                 (self.add_norm, "add_norm", (P, P, P, F, I, I, P), None),
                 (self.heads, "heads", (P, P, P, F, P, P, I, I, I, I, P, P, P), None),
                 (self.swiglu, "swiglu", (P, I, I, P), None),
+                (self.linear, "linear", (P, P, P, I, I, I, P), c_int32),
+                (self.pack, "pack", (P, I, I, P), None),
+                (self.stack, "stack", (P, P, I, P, P, P, P, P), c_int32),
+                (self.stack_scratch, "stack_scratch", (P, I), I),
                 (self._argmax, "argmax", (P, I, I, P), None),
             ):
                 function = lib[f"tenon_{name}_{suffix}"]
@@ -96,52 +100,3 @@ def load() -> Native:
         return Native(toolchain.load(toolchain.build("engine", [toolchain.CSRC / s for s in SOURCES])))
     except (AttributeError, OSError) as error:
         raise ResourceError(f"the engine's kernels could not be loaded: {error}") from error
-
-
-class NativeMaths(Maths):
-    """The decoder's row-wise maths as single C calls; inference only, contiguous CPU tensors of one type."""
-
-    def __init__(self, native: Native, dtype: torch.dtype) -> None:
-        self._norm, self._add_norm = native.norm[dtype], native.add_norm[dtype]
-        self._heads, self._swiglu = native.heads[dtype], native.swiglu[dtype]
-
-    def norm(self, x_TM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
-        out = torch.empty_like(x_TM)
-        n = x_TM.shape[-1]
-        self._norm(x_TM.data_ptr(), weight_M.data_ptr(), eps, x_TM.numel() // n, n, out.data_ptr())
-        return out
-
-    def add_norm(self, x_TM: Tensor, delta_TM: Tensor, weight_M: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        out = torch.empty_like(x_TM)
-        T, M = x_TM.shape
-        self._add_norm(x_TM.data_ptr(), delta_TM.data_ptr(), weight_M.data_ptr(), eps, T, M, out.data_ptr())
-        return x_TM, out
-
-    def heads(
-        self,
-        qkv_TN: Tensor,
-        spec: ModelSpec,
-        q_norm_D: Tensor | None,
-        k_norm_D: Tensor | None,
-        cos_TD2: Tensor,
-        sin_TD2: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        T, H, G, D = qkv_TN.shape[0], spec.n_heads, spec.n_kv_heads, spec.head_dim
-        q, k, v = (torch.empty((T, n, D), dtype=qkv_TN.dtype) for n in (H, G, G))
-        self._heads(
-            qkv_TN.data_ptr(),
-            None if q_norm_D is None else q_norm_D.data_ptr(),
-            None if k_norm_D is None else k_norm_D.data_ptr(),
-            spec.norm_eps,
-            cos_TD2.data_ptr(),
-            sin_TD2.data_ptr(),
-            T, H, G, D,
-            q.data_ptr(), k.data_ptr(), v.data_ptr(),
-        )  # fmt: skip
-        return q, k, v
-
-    def swiglu(self, gate_up_T2F: Tensor) -> Tensor:
-        T, F2 = gate_up_T2F.shape
-        out = torch.empty((T, F2 // 2), dtype=gate_up_T2F.dtype)
-        self._swiglu(gate_up_T2F.data_ptr(), T, F2 // 2, out.data_ptr())
-        return out

@@ -1,7 +1,7 @@
 """The reference executor: every model, on CPU and CUDA, through torch.
 
-On CPU the decoder's linear layers are packed for oneDNN and its row-wise maths, attention and sampling noise run in
-C; without a compiler, or for shapes those kernels do not cover, plain torch does the same and ``caps.notes`` says so.
+On CPU the decoder's layers run as one C call (``stack.py``), and sampling noise in C; without a compiler, or for shapes
+those kernels do not cover, plain torch does the same and ``caps.notes`` says so.
 
 Shapes: T rows, R outputs, M model width, V vocabulary.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -23,16 +23,15 @@ from tenon.base.errors import ConfigError, IntegrityError, ResourceError
 from tenon.base.machine import free_memory
 from tenon.engine.config import EngineConfig
 from tenon.engine.executors import native
-from tenon.engine.executors.attention import Attention, NativeAttention, TorchAttention, supports_native
+from tenon.engine.executors.attention import NativeAttention, TorchAttention
 from tenon.engine.executors.base import Caps, Ticket
-from tenon.engine.executors.linear import in_tiles, prepare
+from tenon.engine.executors.stack import HEAD_MULTIPLE, Stack, uncovered
 from tenon.engine.sampling import sample_rows
 from tenon.engine.step import HIDDEN, SAMPLE, Step, StepResult
 from tenon.models import rope
 from tenon.models.checkpoint import load_decoder, random_decoder
 from tenon.models.decoder import Decoder, Maths
 from tenon.models.hf_config import read_config
-from tenon.models.ops import experts
 from tenon.models.spec import KVGroup, ModelSpec
 
 log = logging.getLogger("tenon.engine")
@@ -42,29 +41,37 @@ SCRATCH_BYTES: Final = 256 * 2**20
 """Left free beside the cache for a step's activations."""
 
 
-class _Positions:
-    """Cosines and sines of all positions, computed once: a row's rotation depends on its position alone."""
+class Forward(Protocol):
+    """A decoder's forward pass over the attention's current step."""
 
-    def __init__(self, model: Decoder, n: int) -> None:
+    def hidden(self, tok_T: Tensor, pos_T: Tensor) -> Tensor:
+        """Last hidden states (T, M): every layer's K and V are in the cache afterwards."""
+        ...
+
+    def logits(self, hidden_RM: Tensor) -> Tensor:
+        """Scores over the vocabulary (R, V) in the model's type."""
+        ...
+
+
+class Reference:
+    """The decoder as it is written, on any device."""
+
+    def __init__(self, model: Decoder, attention: TorchAttention, max_position: int) -> None:
+        self.model, self._attention = model, attention
         inv = model.inv_freq
-        self.cos, self.sin = rope.cos_sin(torch.arange(n, device=inv.device), inv, model.rope_factor)
+        self._cos, self._sin = rope.cos_sin(torch.arange(max_position, device=inv.device), inv, model.rope_factor)
+        self._maths = Maths()
+        self._maths.cos_sin = self._cos_sin  # type: ignore[method-assign]
 
-    def cos_sin(self, pos_T: Tensor, inv_D2: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        return self.cos.index_select(0, pos_T), self.sin.index_select(0, pos_T)
+    def _cos_sin(self, pos_T: Tensor, inv_D2: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """Looked up: all positions' are computed once."""
+        return self._cos.index_select(0, pos_T), self._sin.index_select(0, pos_T)
 
+    def hidden(self, tok_T: Tensor, pos_T: Tensor) -> Tensor:
+        return self.model.hidden(tok_T, pos_T, self._attention.attend, self._maths)
 
-def _tiled_experts(x_TM: Tensor, weight_TK: Tensor, expert_TK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The mixture with each expert's rows in fixed tiles, each row's sum in the order of its own experts."""
-    out_TM = torch.zeros_like(x_TM)
-    for expert in torch.unique(expert_TK).tolist():
-        row, slot = torch.where(expert_TK == expert)
-
-        def product(tile: Tensor, expert: int = expert) -> Tensor:
-            gate, up = torch.nn.functional.linear(tile, gate_up[expert]).chunk(2, dim=-1)
-            return torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down[expert])
-
-        out_TM[row] += in_tiles(product, x_TM[row]) * weight_TK[row, slot, None]
-    return out_TM
+    def logits(self, hidden_RM: Tensor) -> Tensor:
+        return self.model.logits(hidden_RM)
 
 
 class TorchExecutor:
@@ -75,23 +82,20 @@ class TorchExecutor:
         self._config, self._clock = config, clock
         self._dtype = model.embed.weight.dtype
         self._device = model.embed.weight.device
-        self._invariant = config.numerics == "invariant"
         self._notes: list[str] = []
         if config.threads is not None and config.threads != torch.get_num_threads():
             torch.set_num_threads(config.threads)
         self._native = self._load_native(on_phase)
-        covered = self._native is not None and supports_native(self.spec, self._dtype, native.HEAD_MULTIPLE)
-        self._attention: Attention
-        if self._native is not None and covered:
-            self._attention = NativeAttention(self.spec, self._dtype, self._native)
+        self._attention: NativeAttention | TorchAttention
+        if self._native is not None and (why := uncovered(self.spec, self._dtype)) is None:
+            self._attention = NativeAttention(self.spec, self._dtype)
         else:
             if self._native is not None:
-                shape = f"head size {self.spec.head_dim} with {self._dtype}"
-                self._note(f"attention runs in torch, by gathering: the C kernel does not cover {shape}")
-            if self._invariant:
+                self._note(f"the model runs in torch, which is slower: the C kernels do not cover {why}")
+            if config.numerics == "invariant":
                 raise ConfigError(
-                    "numerics 'invariant' needs the attention kernel (CPU, a C compiler, head sizes in multiples of "
-                    f"{native.HEAD_MULTIPLE}); use numerics 'fast'",
+                    "numerics 'invariant' needs the C kernels (CPU, a C compiler, head sizes in multiples of "
+                    f"{HEAD_MULTIPLE}); use numerics 'fast'",
                     subject="numerics",
                 )
             self._attention = TorchAttention(self.spec, self._dtype, self._device)
@@ -149,23 +153,25 @@ class TorchExecutor:
         return loaded
 
     def _install(self, model: Decoder, on_phase: OnPhase) -> None:
-        """Take over a decoder: pack its layers, choose its maths."""
+        """Take over a decoder, in the form that suits the attention."""
         model.eval().requires_grad_(False)
-        pack = self._device.type == "cpu" and self._dtype in native.SUFFIX
-        prepare(
-            model, pack=pack, tiled=self._invariant, on_layer=lambda i, n: on_phase("pack", i / n, f"{i} of {n} layers")
-        )
-        covered = self._native is not None and self._dtype in native.SUFFIX
-        maths = native.NativeMaths(self._native, self._dtype) if self._native is not None and covered else Maths()
         length = min(self._config.max_model_len or self.spec.max_position, self.spec.max_position)
-        maths.cos_sin = _Positions(model, length).cos_sin  # type: ignore[method-assign]
-        maths.experts = _tiled_experts if self._invariant else experts  # type: ignore[method-assign]
-        self.model, self._maths = model, maths
+        self.forward: Forward
+        if isinstance(self._attention, TorchAttention):
+            self.forward = Reference(model, self._attention, length)
+            return
+        if self._native is None:
+            raise IntegrityError("attention in C was chosen without its kernels")
+
+        def packed(i: int, n: int) -> None:
+            on_phase("pack", i / n, f"{i} of {n} layers")
+
+        self.forward = Stack(model, self._native, self._attention, length, packed)
 
     @property
     def caps(self) -> Caps:
         dtype = str(self._dtype).removeprefix("torch.")
-        return Caps("torch", str(self._device), dtype, True, True, self._invariant, tuple(self._notes))
+        return Caps("torch", str(self._device), dtype, True, True, isinstance(self.forward, Stack), tuple(self._notes))
 
     def free_bytes(self) -> int:
         """Memory that a cache could take on this executor's device."""
@@ -188,21 +194,26 @@ class TorchExecutor:
         self._attention.begin(step)
         tok_T = torch.from_numpy(tok.astype(np.int64)).to(self._device)
         pos_T = torch.from_numpy(step.pos.astype(np.int64)).to(self._device)
-        return self.model.hidden(tok_T, pos_T, self._attention.attend, self._maths)
+        return self.forward.hidden(tok_T, pos_T)
 
     @torch.inference_mode()
     def logits(self, step: Step) -> Tensor:
         """Logits (R, V) of the step's outputs, in the model's type; distinct rows are computed once."""
-        rows, back = np.unique(step.out_row, return_inverse=True)
         hidden_TM = self.hidden(step)
-        self._wanted = hidden_TM[torch.from_numpy(rows.astype(np.int64)).to(self._device)]
+        back = None
+        if step.n_outputs == step.n_rows and (np.diff(step.out_row) == 1).all():
+            self._wanted = hidden_TM  # decoding: every row is an output, in order
+        else:
+            rows, back = np.unique(step.out_row, return_inverse=True)
+            self._wanted = hidden_TM[torch.from_numpy(rows.astype(np.int64)).to(self._device)]
+            if len(rows) == step.n_outputs and (np.diff(back) == 1).all():
+                back = None
         # Decoding rows are all sampled, and sampling finds what is not finite; a chunk's rows are looked at here.
-        self._spoilt = self._not_finite(step, hidden_TM) if step.n_rows > len(rows) else []
-        if not len(rows):
+        self._spoilt = self._not_finite(step, hidden_TM) if step.n_rows > len(self._wanted) else []
+        if not step.n_outputs:
             return hidden_TM.new_zeros((0, self.spec.vocab_size))
-        logits = self.model.logits(self._wanted)
-        in_order = (np.diff(back) == 1).all()
-        return logits if in_order else logits[torch.from_numpy(back).to(self._device)]
+        logits = self.forward.logits(self._wanted)
+        return logits if back is None else logits[torch.from_numpy(back).to(self._device)]
 
     @staticmethod
     def _not_finite(step: Step, hidden_TM: Tensor) -> list[int]:
@@ -263,4 +274,4 @@ class TorchExecutor:
     def close(self) -> None:
         if self._results:
             raise IntegrityError(f"{len(self._results)} submitted steps were never polled")
-        del self.model
+        del self.forward
