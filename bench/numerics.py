@@ -1,7 +1,6 @@
 """What numerics="invariant" costs: the same engine, prompts and weights in both modes, decode and prefill.
 
-Invariant mode computes every linear layer in tiles of 16 rows, so a row's bits do not depend on its company; a batch
-of one pays for sixteen rows.
+On CPU both run the same kernels, whose rows stand alone anyway: the ratio should be one, and a check holds it there.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ def cells(quick: bool) -> list[Cell]:
 
 
 def checks(result: Result) -> list[Check]:
-    """The cost is printed, not promised; it only must not be so large that the mode is of no use."""
+    """The promise costs nothing, up to what two runs of the same code may differ by."""
     return [
         at_least(
-            f"{name}: invariant over fast, decode", result.ratio(name, "invariant", "fast", "decode_tokens_per_s"), 0.1
+            f"{name}: invariant over fast, decode", result.ratio(name, "invariant", "fast", "decode_tokens_per_s"), 0.95
         )
         for name in result.cells
     ]

@@ -22,8 +22,8 @@ class EngineConfig:
     ``model``: a folder, a hub name, or "embedded". ``kv_bytes``: memory for keys and values; derived from free
     memory and what ``max_sequences`` of ``max_model_len`` could ever fill. ``max_step_tokens``: rows in one
     step, shared by decodes and prefill chunks. ``max_preemptions``: after so many a sequence comes back only
-    with all blocks it can ever need, and keeps them. ``numerics``: "invariant" makes a row's bits independent of
-    what else is in the step; "fast" does not pay for that.
+    with all blocks it can ever need, and keeps them. ``numerics``: "invariant" promises that a row's bits do not
+    depend on what else is in the step, and is refused where that cannot be kept; "fast" takes what there is.
     """
 
     model: str = "embedded"

@@ -17,17 +17,19 @@ static __attribute__((noinline)) void NAME(finish)(
     }
 }
 
-// tile_R_P: R rows, packed as [K / GROUP][R][GROUP], against P panels. Named variables, since compilers do not keep
-// arrays of this size in registers.
+// tile_R_P: R rows, packed as [K / GROUP][R][GROUP], against P panels.
+#define WEIGHT_AT(p) wk + p * 16 * K
+#define ROW_AT(r) x + r * GROUP
 #define TILE(R, P)                                                                                         \
     static void NAME(tile_##R##_##P)(                                                                      \
         const SCALAR *x, const SCALAR *w, const SCALAR *bias, int64_t K, int64_t N, int64_t n, SCALAR *y) { \
+        enum { STRIDE = 16 * P };                                                                          \
         EACH_##R(SUMS_##P) for (int64_t k = 0; k < K; k += GROUP, x += R * GROUP) {                        \
             const SCALAR *wk = w + k * 16;                                                                 \
-            WEIGHTS_##P EACH_##R(DOTS_##P)                                                                 \
+            WEIGHTS_##P EACH_##R(ADDS_##P)                                                                 \
         }                                                                                                  \
-        float flat[R * P * 16] __attribute__((aligned(64)));                                               \
-        EACH_##R(KEEP_##P) NAME(finish)(flat, P * 16, bias, R, N, n < 16 * P ? n : 16 * P, y);             \
+        float flat[R * STRIDE] __attribute__((aligned(64)));                                               \
+        EACH_##R(KEEP_##P) NAME(finish)(flat, STRIDE, bias, R, N, n < STRIDE ? n : STRIDE, y);             \
     }
 
 TILE(1, 8) TILE(2, 8) TILE(3, 8)
@@ -37,6 +39,8 @@ TILE(8, 2) TILE(9, 2) TILE(10, 2) TILE(11, 2) TILE(12, 2) TILE(13, 2) TILE(14, 2
 TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(7, 1)
 TILE(8, 1) TILE(9, 1) TILE(10, 1) TILE(11, 1) TILE(12, 1) TILE(13, 1) TILE(14, 1)
 #undef TILE
+#undef WEIGHT_AT
+#undef ROW_AT
 
 typedef void (*NAME(tile))(const SCALAR *, const SCALAR *, const SCALAR *, int64_t, int64_t, int64_t, SCALAR *);
 #define T(R, P) NAME(tile_##R##_##P)

@@ -155,7 +155,8 @@ class TorchAttention:
 
 
 class NativeAttention:
-    """What the C kernel reads: caches K [G, block, D, B] and V [G, block, B, D], a plan of the step for each group."""
+    """What the C kernel reads: caches K [G, block, D / 2, B, 2] (fp32: [G, block, D, B, 1])
+    and V [G, block, B / 2, D, 2], a plan of the step for each group."""
 
     layers: list[Cache]
     plans: ctypes.Array[AttendStep]
@@ -166,7 +167,8 @@ class NativeAttention:
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
         size = self._size = groups[0].block_tokens
         G, D = self._spec.n_kv_heads, self._spec.head_dim
-        shapes = ((G, n_blocks, D, size), (G, n_blocks, size, D))
+        group = 4 // self._dtype.itemsize  # channels, and positions, that the kernel multiplies as one
+        shapes = ((G, n_blocks, D // group, size, group), (G, n_blocks, size // group, D, group))
         self._n_blocks = n_blocks
         self.layers = _allocate(groups, shapes, torch.empty(0, dtype=self._dtype))
         self._windows = [group.window or 0 for group in groups]
@@ -186,7 +188,8 @@ class NativeAttention:
                 )
                 (sb, so), (tb, to) = ((x // self._size, x % self._size) for x in (source, target))
                 layer.k[:, tb, :, to] = layer.k[:, sb, :, so]
-                layer.v[:, tb, to] = layer.v[:, sb, so]
+                (sp, sr), (tp, tr) = ((x // layer.v.shape[-1], x % layer.v.shape[-1]) for x in (so, to))
+                layer.v[:, tb, tp, :, tr] = layer.v[:, sb, sp, :, sr]
 
     def _plan(self, step: Step, group: GroupStep, window: int) -> AttendStep:
         """Cut the step into items: runs of chain rows of one span, single tree rows."""
