@@ -9,6 +9,7 @@ Shapes: T rows, H query heads, G key/value heads, D head size, B tokens per bloc
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -64,12 +65,12 @@ class Cache:
 def _allocate(
     groups: tuple[KVGroup, ...], shapes: tuple[tuple[int, ...], tuple[int, ...]], like: Tensor
 ) -> list[Cache]:
-    layers: dict[int, Cache] = {}
-    for index, group in enumerate(groups):
-        for layer in group.layers:
-            k, v = (zeros(shape, like, "the KV cache") for shape in shapes)
-            layers[layer] = Cache(k, v, index)
-    return [layers[i] for i in range(len(layers))]
+    """Every layer's cache, out of one piece of memory."""
+    owner = {layer: index for index, group in enumerate(groups) for layer in group.layers}
+    sizes = [math.prod(shape) for shape in shapes]
+    memory = zeros((len(owner), sum(sizes)), like, "the KV cache")
+    parts = [[part.view(shape) for part, shape in zip(row.split(sizes), shapes, strict=True)] for row in memory]
+    return [Cache(k, v, owner[layer]) for layer, (k, v) in enumerate(parts)]
 
 
 class TorchAttention:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import mmap
 from contextlib import suppress
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from tenon.base.errors import ResourceError
+
+HUGE_PAGE: Final = 2**21
 
 
 def zeros(shape: tuple[int, ...], like: Tensor, what: str) -> Tensor:
@@ -20,10 +23,14 @@ def zeros(shape: tuple[int, ...], like: Tensor, what: str) -> Tensor:
         if like.device.type != "cpu":
             return like.new_zeros(shape)
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        memory = mmap.mmap(-1, max(math.prod(shape) * like.element_size(), 1), flags=private)
+        n_bytes = math.prod(shape) * like.element_size()
+        # From a whole huge page on, to a whole one: a mapping's own start and end get small pages, which for a small
+        # model is all of it.
+        memory = mmap.mmap(-1, -(-n_bytes // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE, flags=private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a kernel without huge pages refuses the wish; small pages do, more slowly
                 memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+        start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+        return torch.frombuffer(memory, dtype=like.dtype, offset=start, count=math.prod(shape)).view(shape)
     except (RuntimeError, OSError) as error:
         raise ResourceError(f"no memory for {what}: {str(error).splitlines()[0]}") from error
