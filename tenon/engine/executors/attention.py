@@ -12,7 +12,6 @@ import ctypes
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,16 +28,6 @@ MAX_DEPTH = 4096
 """Of a tree below its root; the same number stands in attend.c."""
 ITEM_ROWS = 16
 """Rows of one span that the C kernel takes through a tile of keys together."""
-
-
-class Attention(Protocol):
-    def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
-        """Zeroed cache memory. Raises ``ResourceError``."""
-        ...
-
-    def begin(self, step: Step) -> None:
-        """Take over a step's arrays and carry out its moves; valid until the next ``begin``."""
-        ...
 
 
 def roots(step: Step) -> I32:
@@ -81,11 +70,13 @@ class TorchAttention:
         self._spec, self._like = spec, torch.empty(0, dtype=dtype, device=device)
 
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
+        """Zeroed cache memory. Raises ``ResourceError``."""
         self._block_tokens = groups[0].block_tokens
         shape = (n_blocks * self._block_tokens, self._spec.n_kv_heads, self._spec.head_dim)
         self._layers = _allocate(groups, (shape, shape), self._like)
 
     def begin(self, step: Step) -> None:
+        """Take over a step's arrays and carry out its moves; valid until the next ``begin``."""
         device = self._like.device
         base = roots(step)
         n_rows = np.diff(step.q_start)
@@ -166,6 +157,7 @@ class NativeAttention:
         self._spec, self._dtype = spec, dtype
 
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
+        """Zeroed cache memory. Raises ``ResourceError``."""
         size = self._size = groups[0].block_tokens
         G, D = self._spec.n_kv_heads, self._spec.head_dim
         group = 4 // self._dtype.itemsize  # channels, and positions, that the kernel multiplies as one
@@ -175,6 +167,7 @@ class NativeAttention:
         self._windows = [group.window or 0 for group in groups]
 
     def begin(self, step: Step) -> None:
+        """Take over a step's arrays and carry out its moves; valid until the next ``begin``."""
         self._base = roots(step)
         self._pos, self._parent = np.ascontiguousarray(step.pos), np.ascontiguousarray(step.parent)
         self._keep: list[np.ndarray] = []

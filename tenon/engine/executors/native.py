@@ -36,7 +36,7 @@ class AttendStep(ctypes.Structure):
 
 
 class Native:
-    """Typed entry points of the shared object."""
+    """Typed entry points of the shared object. The parts of ``stack`` are entries of their own, to be judged apart."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         P, I, F = c_void_p, c_int64, c_float
