@@ -42,6 +42,27 @@ def roots(step: Step) -> I32:
     return base
 
 
+def cut(step: Step) -> tuple[I32, I32, I32]:
+    """The step in items for the C kernel: span, first row and number of rows of each. An item is a run of chain rows
+    of one span, or a single tree row."""
+    if (step.parent < 0).all():
+        n_items = -(-np.diff(step.q_start) // ITEM_ROWS)
+        span = np.repeat(np.arange(len(n_items), dtype=np.int32), n_items)
+        first = np.repeat(np.cumsum(n_items) - n_items, n_items)
+        row = step.q_start[span] + (np.arange(len(span), dtype=np.int32) - first) * ITEM_ROWS
+        return span, row.astype(np.int32), np.minimum(step.q_start[span + 1] - row, ITEM_ROWS).astype(np.int32)
+    made: list[tuple[int, int, int]] = []
+    for s, (at, end) in enumerate(pairwise(step.q_start.tolist())):
+        while at < end:
+            take = min(ITEM_ROWS, end - at)
+            trees = np.flatnonzero(step.parent[at : at + take] >= 0)
+            take = max(1, int(trees[0])) if len(trees) else take
+            made.append((s, at, take))
+            at += take
+    span, row, n = np.array(made, np.int32).T.copy()
+    return span, row, n
+
+
 @dataclass
 class Cache:
     """K and V of one layer, and which group's arrays say where."""
@@ -171,7 +192,9 @@ class NativeAttention:
         self._base = roots(step)
         self._pos, self._parent = np.ascontiguousarray(step.pos), np.ascontiguousarray(step.parent)
         self._keep: list[np.ndarray] = []
-        plans = [self._plan(step, group, window) for group, window in zip(step.groups, self._windows, strict=True)]
+        items = cut(step)
+        windows = zip(step.groups, self._windows, strict=True)
+        plans = [self._plan(step, items, group, window) for group, window in windows]
         self.plans = (AttendStep * len(plans))(*plans)
         for layer in self.layers:
             moves = step.groups[layer.group].moves
@@ -185,26 +208,10 @@ class NativeAttention:
                 (sp, sr), (tp, tr) = ((x // layer.v.shape[-1], x % layer.v.shape[-1]) for x in (so, to))
                 layer.v[:, tb, tp, :, tr] = layer.v[:, sb, sp, :, sr]
 
-    def _plan(self, step: Step, group: GroupStep, window: int) -> AttendStep:
-        """Cut the step into items: runs of chain rows of one span, single tree rows."""
-        row: list[int] = []
-        n: list[int] = []
-        table: list[int] = []
-        q_start, starts = step.q_start.tolist(), group.table_start.tolist()
-        chain = not (step.parent >= 0).any()
-        for s, (r0, r1) in enumerate(pairwise(q_start)):
-            at = r0
-            while at < r1:
-                take = min(ITEM_ROWS, r1 - at)
-                if not chain:
-                    trees = np.flatnonzero(step.parent[at : at + take] >= 0)
-                    take = max(1, int(trees[0])) if len(trees) else take
-                row.append(at)
-                n.append(take)
-                table.append(starts[s])
-                at += take
+    def _plan(self, step: Step, items: tuple[I32, I32, I32], group: GroupStep, window: int) -> AttendStep:
+        span, row, n = items
         arrays = [np.ascontiguousarray(group.slot, np.int32), np.ascontiguousarray(group.table, np.int32)]
-        arrays += [np.array(x, np.int32) for x in (row, n, table)]
+        arrays += [row, n, group.table_start[span]]
         self._keep += arrays
         slot, blocks, item_row, item_n, item_table = (a.ctypes.data for a in arrays)
         spec = self._spec
