@@ -26,7 +26,11 @@ HEAVY = (
 )
 # Exceptions from HEAVY: torch-free again.
 LIGHT = (
+    "tenon.engine.executors.base",
+    "tenon.engine.executors.hash",
+    "tenon.engine.executors.simulated",
     "tenon.models.spec",
+    "tenon.models.shapes",
     "tenon.models.hf_config",
     "tenon.models.metadata",
     "tenon.models.tokenizer",

@@ -36,6 +36,10 @@ class Job:
 
 JOBS = {
     "serve": Job("tenon.cli.serve", "serve a model over an OpenAI-compatible API"),
+    "load": Job("tenon.cli.load", "send a trace to a server as it would arrive, and report the latencies"),
+    "workload": Job("tenon.cli.workload", "make, read and describe request traces"),
+    "simulate": Job("tenon.cli.simulate", "serve a trace in virtual time, on a device that need not be here"),
+    "device": Job("tenon.cli.device", "devices of the cost model; measure this machine"),
     "bench": Job("tenon.cli.bench", "measure claims: list, run, verify and compare benches"),
 }
 

@@ -1,4 +1,7 @@
-"""Spans of sequences to the arrays of a ``Step``. Vectorised: the cost per span is a few microseconds."""
+"""Spans of sequences to the arrays of a ``Step``. Vectorised: the cost per span is a microsecond.
+
+Shapes: T rows, S spans, R outputs.
+"""
 
 from __future__ import annotations
 
@@ -7,98 +10,147 @@ from dataclasses import dataclass
 import numpy as np
 
 from tenon.engine.sequence import Seq
-from tenon.engine.step import SAMPLE, GroupStep, Params, Step
+from tenon.engine.step import I32, SAMPLE, GroupStep, Params, Step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Span:
     """A run of one sequence's rows to compute in this step: positions [start, start + n)."""
 
     seq: Seq
     start: int
     n: int
-    samples: bool
-
-    @property
-    def targets(self) -> list[Seq]:
-        """Whose next token the last row gives: the sequence's, or all siblings' when the prompt ends here."""
-        if not self.samples:
-            return []
-        request = self.seq.request
-        return [self.seq] if request.forked or request.add.n == 1 else request.seqs
+    targets: list[Seq]
+    """Whose next token the last row gives: the sequence's, all siblings' where their prompt ends here, or nobody's."""
 
 
-def assemble(
-    step_id: int,
-    model: str,
-    weights_version: int,
-    spans: list[Span],
-    moves: list[tuple[int, int, int]],
-    n_groups: int,
-) -> Step:
-    """The step that computes ``spans``. ``moves`` are (group, source slot, target slot)."""
-    size = spans[0].seq.block_tokens
-    start = np.fromiter((s.start for s in spans), np.int32, len(spans))
-    count = np.fromiter((s.n for s in spans), np.int32, len(spans))
-    q_start = np.zeros(len(spans) + 1, np.int32)
-    np.cumsum(count, out=q_start[1:])
-    T = int(q_start[-1])
-    row_span = np.repeat(np.arange(len(spans), dtype=np.int32), count)
-    pos = np.arange(T, dtype=np.int32) + (start - q_start[:-1])[row_span]
-    tok = np.concatenate([s.seq.tokens[s.start : s.start + s.n] for s in spans])
+class _Tables:
+    """Of each group and sequence the blocks that a step reads, as views: few are longer than in the step before."""
 
-    n_table = -(-(start + count) // size)
-    table_start = np.zeros(len(spans) + 1, np.int32)
-    np.cumsum(n_table, out=table_start[1:])
-    lengths = n_table.tolist()
-    groups = []
-    for group in range(n_groups):
-        table = np.concatenate([s.seq.tables[group][:n] for s, n in zip(spans, lengths, strict=True)])
-        slot = table[table_start[row_span] + pos // size] * size + pos % size
-        step_moves = np.array([(a, b) for g, a, b in moves if g == group], np.int32).reshape(-1, 2)
-        groups.append(GroupStep(slot, table_start, table, step_moves))
+    def __init__(self, seqs: list[Seq]) -> None:
+        self._seqs = seqs
+        self._n_table = np.full(len(seqs), -1, np.int32)
+        self.parts: list[list[I32]] = [list(seq_tables) for seq_tables in zip(*(s.tables for s in seqs), strict=True)]
 
-    outputs = [(i, seq) for i, span in enumerate(spans) for seq in span.targets]
-    R = len(outputs)
-    adds = [seq.request.add for _, seq in outputs]
-    params = Params(
-        temperature=np.fromiter((a.temperature for a in adds), np.float32, R),
-        top_k=np.fromiter((max(a.top_k, 0) for a in adds), np.int32, R),
-        top_p=np.fromiter((a.top_p for a in adds), np.float32, R),
-        min_p=np.fromiter((a.min_p for a in adds), np.float32, R),
-        seed=np.fromiter((a.seed % 2**64 for a in adds), np.uint64, R),
-        sample=np.fromiter((seq.index for _, seq in outputs), np.int32, R),
-        n_logprobs=np.fromiter((a.n_logprobs for a in adds), np.int32, R),
-    )
-    last_row = q_start[1:] - 1
-    return Step(
-        id=step_id,
-        model=model,
-        weights_version=weights_version,
-        bucket_T=_bucket(T),
-        bucket_S=_bucket(len(spans)),
-        n_steps=1,
-        seq=np.fromiter((s.seq.id for s in spans), np.int64, len(spans)),
-        q_start=q_start,
-        tok=tok,
-        pos=pos,
-        parent=np.full(T, -1, np.int32),
-        groups=tuple(groups),
-        out_row=last_row[[i for i, _ in outputs]].astype(np.int32) if R else np.zeros(0, np.int32),
-        out_seq=np.fromiter((seq.id for _, seq in outputs), np.int64, R),
-        out_position=np.fromiter((seq.n_output for _, seq in outputs), np.int32, R),
-        want=np.full(R, SAMPLE, np.uint8),
-        params_index=np.arange(R, dtype=np.int32),
-        bitmask_index=np.full(R, -1, np.int32),
-        params=params,
-        bitmask=np.zeros((0, 0), np.uint32),
-        edit_start=np.zeros(R + 1, np.int32),
-        edit_token=np.zeros(0, np.int32),
-        edit_kind=np.zeros(0, np.uint8),
-        edit_value=np.zeros(0, np.float32),
-        score_start=np.zeros(R + 1, np.int32),
-        score_token=np.zeros(0, np.int32),
-    )
+    def cut(self, n_table: I32) -> None:
+        """Each sequence's tables to its first ``n_table`` blocks."""
+        lengths = n_table.tolist()
+        for i in np.flatnonzero(n_table != self._n_table).tolist():
+            for part, table in zip(self.parts, self._seqs[i].tables, strict=True):
+                part[i] = table[: lengths[i]]
+        self._n_table = n_table
+
+
+class _Frame:
+    """What of a step follows from whose rows there are, how many, and who samples; mostly the next has the same."""
+
+    def __init__(self, seqs: list[Seq], counts: list[int], targets: list[list[Seq]]) -> None:
+        self.seqs, self.counts, self.targets = seqs, counts, targets
+        self.tables = _Tables(seqs)
+        self.seq = np.array([seq.id for seq in seqs], np.int64)
+        self.count = np.array(counts, np.int32)
+        self.q_start = _starts(self.count)
+        T, S = int(self.q_start[-1]), len(seqs)
+        self.row_span = np.repeat(np.arange(S), self.count)
+        self.row_offset = np.arange(T, dtype=np.int32) - self.q_start[:-1][self.row_span]
+        self.parent = np.full(T, -1, np.int32)
+        self.bucket_T, self.bucket_S = _bucket(T), _bucket(S)
+
+        sampling = [seq for each in targets for seq in each]
+        R = len(sampling)
+        self.out_span = np.repeat(np.arange(S), [len(each) for each in targets])
+        self.out_row = (self.q_start[1:] - 1)[self.out_span]
+        self.out_seq = np.array([seq.id for seq in sampling], np.int64)
+        self.n_prompt = np.array([seq.n_prompt for seq in sampling], np.int32)
+        self.want = np.full(R, SAMPLE, np.uint8)
+        self.params_index = np.arange(R, dtype=np.int32)
+        self.bitmask_index = np.full(R, -1, np.int32)
+        self.no_starts = np.zeros(R + 1, np.int32)
+        adds = [seq.request.add for seq in sampling]
+        self.params = Params(
+            temperature=np.array([a.temperature for a in adds], np.float32),
+            top_k=np.array([max(a.top_k, 0) for a in adds], np.int32),
+            top_p=np.array([a.top_p for a in adds], np.float32),
+            min_p=np.array([a.min_p for a in adds], np.float32),
+            seed=np.array([a.seed % 2**64 for a in adds], np.uint64),
+            sample=np.array([seq.index for seq in sampling], np.int32),
+            n_logprobs=np.array([a.n_logprobs for a in adds], np.int32),
+        )
+
+    def fits(self, seqs: list[Seq], counts: list[int], targets: list[list[Seq]]) -> bool:
+        return counts == self.counts and seqs == self.seqs and targets == self.targets
+
+
+class Assembler:
+    """Makes the steps of one model. A step shares with the next the arrays that stay the same: nobody writes them."""
+
+    def __init__(self, model: str, n_groups: int) -> None:
+        self._model, self._n_groups = model, n_groups
+        self._frame = _Frame([], [], [])
+
+    def step(self, step_id: int, weights_version: int, spans: list[Span], moves: list[tuple[int, int, int]]) -> Step:
+        """The step that computes ``spans``. ``moves`` are (group, source slot, target slot)."""
+        seqs = [span.seq for span in spans]
+        who = seqs, [span.n for span in spans], [span.targets for span in spans]
+        if not self._frame.fits(*who):
+            self._frame = _Frame(*who)
+        frame = self._frame
+        size = seqs[0].block_tokens
+        start = np.array([span.start for span in spans], np.int32)
+        end = start + frame.count
+        if len(frame.parent) == len(spans):  # decoding: a row a span
+            pos = start
+            tok = np.array([span.seq.tokens.item(span.start) for span in spans], np.int32)
+        else:
+            pos = start[frame.row_span] + frame.row_offset
+            tok = np.concatenate([span.seq.tokens[span.start : span.start + span.n] for span in spans])
+
+        n_table = -(-end // size)
+        table_start = _starts(n_table)
+        frame.tables.cut(n_table)
+        block, offset = np.divmod(pos, size)
+        block += table_start[frame.row_span]
+        groups = []
+        for group in range(self._n_groups):
+            table = np.concatenate(frame.tables.parts[group])
+            step_moves = np.array([(a, b) for g, a, b in moves if g == group], np.int32).reshape(-1, 2)
+            groups.append(GroupStep(table[block] * size + offset, table_start, table, step_moves))
+        return Step(
+            id=step_id,
+            model=self._model,
+            weights_version=weights_version,
+            bucket_T=frame.bucket_T,
+            bucket_S=frame.bucket_S,
+            n_steps=1,
+            seq=frame.seq,
+            q_start=frame.q_start,
+            tok=tok,
+            pos=pos,
+            parent=frame.parent,
+            groups=tuple(groups),
+            out_row=frame.out_row,
+            out_seq=frame.out_seq,
+            # Whoever samples has all its tokens in this step, so its outputs end where its rows do.
+            out_position=end[frame.out_span] - frame.n_prompt,
+            want=frame.want,
+            params_index=frame.params_index,
+            bitmask_index=frame.bitmask_index,
+            params=frame.params,
+            bitmask=np.zeros((0, 0), np.uint32),
+            edit_start=frame.no_starts,
+            edit_token=np.zeros(0, np.int32),
+            edit_kind=np.zeros(0, np.uint8),
+            edit_value=np.zeros(0, np.float32),
+            score_start=frame.no_starts,
+            score_token=np.zeros(0, np.int32),
+        )
+
+
+def _starts(counts: I32) -> I32:
+    """(n + 1,) where each run begins, and at last where all end."""
+    starts = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    return starts
 
 
 def _bucket(n: int) -> int:

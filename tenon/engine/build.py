@@ -16,7 +16,7 @@ from tenon.engine.scheduler import Scheduler
 from tenon.models.generation import read_generation
 from tenon.models.hf_config import read_config
 from tenon.models.hub import resolve
-from tenon.models.spec import DTYPE_BYTES, KVGroup, ModelSpec
+from tenon.models.spec import DTYPE_BYTES, CostShape, KVGroup, ModelSpec
 
 OnPhase = Callable[[str, float, str], None]
 HEADROOM = 0.6
@@ -33,7 +33,9 @@ class MemoryPlan:
     max_model_len: int
 
 
-def plan_memory(config: EngineConfig, spec: ModelSpec, groups: tuple[KVGroup, ...], free_bytes: int) -> MemoryPlan:
+def plan_memory(
+    config: EngineConfig, spec: ModelSpec | CostShape, groups: tuple[KVGroup, ...], free_bytes: int
+) -> MemoryPlan:
     """Blocks from ``kv_bytes``, else from what could ever be used, within ``HEADROOM`` of what is free.
 
     Raises ``ConfigError`` where not even one sequence fits.

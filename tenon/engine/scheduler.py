@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tenon.base.errors import ContextTooLong, IntegrityError, Overloaded, RequestError
-from tenon.engine.assemble import Span, assemble
+from tenon.engine.assemble import Assembler, Span
 from tenon.engine.blocks import BlockPool, root_digest
 from tenon.engine.config import EngineConfig
 from tenon.engine.messages import Accepted, Add, Delta
@@ -24,6 +24,9 @@ from tenon.engine.policies.evict import POLICIES
 from tenon.engine.sequence import Request, Seq, State
 from tenon.engine.step import Step, StepResult
 from tenon.models.spec import KVGroup
+
+RUNNING = State.RUNNING  # looked up for each sequence in each step, which an Enum makes slow
+NOBODY: list[Seq] = []
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Scheduler:
         self._next_seq = 0
         self._spans: list[Span] = []
         self._moves: list[tuple[int, int, int]] = []
+        self._assembler = Assembler(model, len(groups))
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -141,37 +145,37 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, or None when there is nothing to compute. Blocks are reserved for all its rows."""
-        budget = self.config.max_step_tokens
+        budget, size = self.config.max_step_tokens, self.config.block_tokens
         self._spans, self._moves = [], []
-        scheduled: set[int] = set()
         n_preempted = self.counters.preemptions
-        decodes = [s for s in self.running if s.is_decoding]
-        prefills = [s for s in self.running if not s.is_decoding]
+        decodes: list[Seq] = []
+        prefills: list[Seq] = []
+        for seq in self.running:
+            (decodes if seq.is_decoding else prefills).append(seq)
         for seq in (*decodes, *prefills):
             if budget == 0:
                 break
-            if seq.state is not State.RUNNING:
+            if seq.state is not RUNNING:
                 continue
-            n = min(seq.n_remaining, budget)
-            if not self._reserve(seq, seq.n_computed + n, scheduled):
+            start, n = seq.n_computed, seq.n_tokens - seq.n_computed
+            targets = seq.heirs
+            if n > budget:
+                n, targets = budget, NOBODY
+            fits = start + n <= seq.n_blocks * size and not seq.may_share  # all but always, so it is seen here
+            if not fits and not self._reserve(seq, start + n):
                 continue
-            self._span(seq, n, scheduled)
+            self._spans.append(Span(seq, start, n, targets))
             budget -= n
         if self.counters.preemptions == n_preempted:
-            self._admit(budget, scheduled)
+            self._admit(budget)
         if not self._spans:
             if self.has_work:
                 raise IntegrityError("there is work, but no span could be scheduled")
             return None
         self.counters.steps += 1
-        version, n_groups = self.weights_version, len(self.pools)
-        return assemble(self.counters.steps, self.model, version, self._spans, self._moves, n_groups)
+        return self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
 
-    def _span(self, seq: Seq, n: int, scheduled: set[int]) -> None:
-        self._spans.append(Span(seq, seq.n_computed, n, samples=n == seq.n_remaining))
-        scheduled.add(seq.id)
-
-    def _admit(self, budget: int, scheduled: set[int]) -> None:
+    def _admit(self, budget: int) -> None:
         while self.waiting and budget > 0:
             seq = self.waiting[0]
             if self.running and self._n_slots(seq) + sum(map(self._n_slots, self.running)) > self.config.max_sequences:
@@ -180,7 +184,7 @@ class Scheduler:
                 return
             self.waiting.pop(0)
             n = min(seq.n_remaining, budget)
-            self._span(seq, n, scheduled)
+            self._spans.append(Span(seq, seq.n_computed, n, NOBODY if n < seq.n_remaining else seq.heirs))
             budget -= n
 
     @staticmethod
@@ -207,7 +211,7 @@ class Scheduler:
         seq.n_published = len(cached[0])
         seq.n_computed = seq.n_published * self.config.block_tokens
         seq.pinned = seq.n_preempted >= self.config.max_preemptions
-        seq.state = State.RUNNING
+        seq.state = RUNNING
         self.running.append(seq)
         self.running.sort(key=lambda s: (s.request.order, s.index))
         if seq.n_preempted == 0:
@@ -222,7 +226,7 @@ class Scheduler:
         if not self.config.prefix_cache:
             return found
         for i in range((seq.n_tokens - 1) // self.config.block_tokens):
-            digest, content = seq.digest(i), seq.block_content(i)
+            digest, content = seq.key_and_content(i)
             hits = [pool.lookup(digest, content) for pool in self.pools]
             if any(hit is None for hit in hits):
                 break
@@ -230,7 +234,7 @@ class Scheduler:
                 blocks.append(hit)  # type: ignore[arg-type]
         return found
 
-    def _reserve(self, seq: Seq, n_tokens: int, scheduled: set[int]) -> bool:
+    def _reserve(self, seq: Seq, n_tokens: int) -> bool:
         """Blocks for positions up to ``n_tokens``, the one written next private; preempts later arrivals for it."""
         size = self.config.block_tokens
         n_blocks = -(-n_tokens // size)
@@ -241,9 +245,10 @@ class Scheduler:
 
         # A pinned sequence holds blocks beyond ``n_tokens``: those are no credit towards the copy of a shared one.
         if n_blocks <= seq.n_blocks and not shares_partial():
+            seq.may_share = False
             return True
         while min(pool.n_available for pool in self.pools) < max(0, n_blocks - seq.n_blocks) + shares_partial():
-            victim = self._victim(seq, scheduled)
+            victim = self._victim(seq)
             if victim is None:
                 return False
             self._preempt(victim)
@@ -253,6 +258,7 @@ class Scheduler:
             for i in range(seq.n_blocks, n_blocks):
                 table[i] = pool.take()
         seq.n_blocks = max(seq.n_blocks, n_blocks)
+        seq.may_share = False
         return True
 
     def _copy_on_write(self, seq: Seq, i: int) -> None:
@@ -263,8 +269,9 @@ class Scheduler:
             table[i] = new
             self._moves.extend((group, old * size + k, new * size + k) for k in range(seq.n_computed % size))
 
-    def _victim(self, seq: Seq, scheduled: set[int]) -> Seq | None:
+    def _victim(self, seq: Seq) -> Seq | None:
         """The latest arrival after ``seq`` that is neither in this step nor pinned."""
+        scheduled = {span.seq.id for span in self._spans}
         for other in reversed(self.running):
             if other is seq:
                 return None
@@ -287,40 +294,41 @@ class Scheduler:
     def commit(self, step: Step, result: StepResult) -> list[Delta]:
         """Take over the step's samples. Sequences aborted since then are passed over."""
         deltas: list[Delta] = []
-        failed = result.errors
-        row = 0
+        failed, ids, size = result.errors, result.ids.tolist(), self.config.block_tokens
+        row = n_new = 0
         for span in self._spans:
-            seq = span.seq
-            targets = span.targets
-            rows = range(row, row + len(targets))
-            row += len(targets)
-            if seq.state is not State.RUNNING:
-                continue
-            if seq.id in failed:
-                deltas.extend(self._fail(seq.request, failed[seq.id]))
+            seq, targets = span.seq, span.targets
+            if seq.state is not RUNNING or seq.id in failed:
+                row += len(targets)
+                if seq.state is RUNNING:
+                    deltas.extend(self._fail(seq.request, failed[seq.id]))
                 continue
             seq.n_computed = span.start + span.n
-            self._publish(seq)
-            if span.samples and not seq.request.forked and len(targets) > 1:
+            if seq.n_computed >= (seq.n_published + 1) * size:
+                self._publish(seq)
+            if len(targets) > 1:
                 self._fork(seq)
-            for target, r in zip(targets, rows, strict=True):
-                deltas.append(self._append(target, r, result))
+            for target in targets:
+                deltas.append(self._append(target, ids[row], row, result))
+                row += 1
+            n_new += len(targets)
+        self.counters.output_tokens += n_new
         self._spans = []
         return deltas
 
-    def _append(self, seq: Seq, r: int, result: StepResult) -> Delta:
-        token = int(result.ids[r])
+    def _append(self, seq: Seq, token: int, r: int, result: StepResult) -> Delta:
+        """Output ``r`` of the step was ``token``, and it is this sequence's."""
         request = seq.request
-        seq.append(token)
-        self.counters.output_tokens += 1
-        reason, stop_id = None, None
-        if token in request.stop_ids:
-            reason, stop_id = "stop", token
-        elif seq.n_output >= request.add.max_tokens:
-            reason = "length"
+        add = request.add
+        seq.tokens[seq.n_tokens] = token
+        seq.n_tokens += 1
+        stops = token in request.stop_ids
+        if not stops and seq.n_tokens - seq.n_prompt < add.max_tokens and add.n_logprobs < 0:
+            return Delta(add.request_id, seq.index, (token,), cached_tokens=request.cached_tokens)
+        reason = "stop" if stops else "length" if seq.n_output >= add.max_tokens else None
         logprobs: tuple[float, ...] = ()
         top: tuple[tuple[tuple[int, float], ...], ...] = ()
-        k = request.add.n_logprobs
+        k = add.n_logprobs
         if k >= 0:
             logprobs = (float(result.logprobs[r]),)
             best = zip(result.top_ids[r, :k].tolist(), result.top_logprobs[r, :k].tolist(), strict=True)
@@ -329,16 +337,8 @@ class Scheduler:
             self._leave(seq)
             if request.n_unfinished == 0:
                 self._end(request, reason)
-        return Delta(
-            request.add.request_id,
-            seq.index,
-            (token,),
-            reason,
-            stop_id,
-            logprobs,
-            top,
-            request.cached_tokens,
-        )
+        stop_id = token if stops else None
+        return Delta(add.request_id, seq.index, (token,), reason, stop_id, logprobs, top, request.cached_tokens)
 
     def _fail(self, request: Request, message: str) -> list[Delta]:
         lost = [seq for seq in request.seqs if seq.state is not State.FINISHED]
@@ -362,17 +362,21 @@ class Scheduler:
             sibling.n_computed = first.n_computed
             sibling.n_published = first.n_published
             sibling.digests = first.digests[: first.n_published]
-            sibling.state = State.RUNNING
+            sibling.state = RUNNING
+            sibling.may_share = first.may_share = True
             self.running.append(sibling)
         self.running.sort(key=lambda s: (s.request.order, s.index))
+        for seq in first.request.seqs:
+            seq.heirs = [seq]
         first.request.forked = True
 
     def _publish(self, seq: Seq) -> None:
         if not self.config.prefix_cache:
             return
         for i in range(seq.n_published, seq.n_computed // self.config.block_tokens):
+            digest, content = seq.key_and_content(i)
             for pool, table in zip(self.pools, seq.tables, strict=True):
-                pool.publish(int(table[i]), seq.digest(i), seq.block_content(i))
+                pool.publish(int(table[i]), digest, content)
             seq.n_published = i + 1
 
     # -- endings --------------------------------------------------------------------------------------------
@@ -384,7 +388,7 @@ class Scheduler:
         seq.n_blocks = 0
 
     def _leave(self, seq: Seq) -> None:
-        if seq.state is State.RUNNING:
+        if seq.state is RUNNING:
             self._release(seq)
             self.running.remove(seq)
         elif seq in self.waiting:
@@ -402,7 +406,7 @@ class Scheduler:
             pool.check_integrity([seq.tables[group][: seq.n_blocks] for seq in holders])
         if {s.id for s in self.running} != {s.id for s in holders}:
             raise IntegrityError("the sequences that run are not those that hold blocks")
-        if any(seq.n_computed >= seq.n_tokens or seq.state is not State.RUNNING for seq in self.running):
+        if any(seq.n_computed >= seq.n_tokens or seq.state is not RUNNING for seq in self.running):
             raise IntegrityError("a running sequence has nothing left to compute, or is not marked as running")
         if self.counters.started != len(self.requests) + sum(self.counters.finished.values()):
             raise IntegrityError("started requests are not those being served plus those finished")

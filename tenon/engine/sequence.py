@@ -45,6 +45,10 @@ class Seq:
         self.n_published = 0
         self.n_preempted = 0
         self.pinned = False
+        self.heirs: list[Seq] = request.seqs
+        """Whose next token its last row gives: all siblings' while they share the prompt's computing, then its own."""
+        self.may_share = False
+        """Whether siblings may hold the block that it writes next; only then need anyone look."""
         self.state = State.WAITING
 
     @property
@@ -58,11 +62,7 @@ class Seq:
     @property
     def is_decoding(self) -> bool:
         """All but the newest token is resident, and that one was generated."""
-        return self.n_remaining == 1 and self.n_output > 0
-
-    def append(self, token: int) -> None:
-        self.tokens[self.n_tokens] = token
-        self.n_tokens += 1
+        return self.n_tokens - self.n_computed == 1 and self.n_tokens > self.n_prompt
 
     def block_content(self, i: int) -> bytes:
         """The tokens of position block ``i`` as bytes; defined once it is full."""
@@ -74,6 +74,14 @@ class Seq:
             parent = self.digests[-1] if self.digests else self.request.root
             self.digests.append(chain_digest(self.request.secret, parent, self.block_content(len(self.digests))))
         return self.digests[i]
+
+    def key_and_content(self, i: int) -> tuple[bytes, bytes]:
+        """``digest`` and ``block_content`` of one block, whose bytes are made once where its turn has come."""
+        content = self.block_content(i)
+        if len(self.digests) == i:
+            parent = self.digests[-1] if i else self.request.root
+            self.digests.append(chain_digest(self.request.secret, parent, content))
+        return self.digest(i), content
 
 
 @dataclass(eq=False)

@@ -153,6 +153,7 @@ class Routes:
             "created": self._service.created,
             "owned_by": "tenon",
             "max_model_len": ready.max_model_len if ready is not None else None,
+            "vocab_size": ready.vocab_size if ready is not None else None,
         }
 
     async def livez(self, request: Request) -> Response:

@@ -1,0 +1,1 @@
+"""What arrives: request traces, generators with cited parameters, arrival processes, load over HTTP."""
