@@ -29,14 +29,14 @@ class Mode(Tenon):
 
 
 def cells(quick: bool) -> list[Cell]:
-    def cell(shape: str, batch: int, sample_s: float) -> Cell:
+    def cell(shape: str, batch: int, new: int, sample_s: float) -> Cell:
         params: dict[str, Any] = {
-            "shape": shape, "context": 256, "batch": batch, "new": 48, "shared": False, "bookkeeping": False,
+            "shape": shape, "context": 256, "batch": batch, "new": new, "shared": False, "bookkeeping": False,
         }  # fmt: skip
-        return Cell(f"{shape} 256 x{batch}", params, 3 if quick else 5, 1, (), sample_s, 300)
+        return Cell(f"{shape} 256 x{batch}", params, 3 if quick else 9, 1, (), sample_s, 300)
 
-    embedded = [cell("embedded", batch, 1.0) for batch in (1, 16)]
-    return embedded if quick else [*embedded, cell("smollm2-135m", 1, 6)]
+    embedded = [cell("embedded", 1, 768, 0.8), cell("embedded", 16, 192, 1.2)]
+    return embedded if quick else [*embedded, cell("smollm2-135m", 1, 128, 1.5)]
 
 
 def checks(result: Result) -> list[Check]:
