@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if not (math.isfinite(args.text_ms) and args.text_ms >= 0):
         raise ConfigError(f"--text-ms must be at least 0, got {args.text_ms:g}", subject="text_ms")
     trace = trace_from(args)
-    slos = slos_from(args.slo, trace)
+    slos = reports.slos_from(args.slo, trace)
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     on = device.name if args.devices == 1 else f"{args.devices} x {device.name}"
     marks = Marks(model=Path(args.model).name, device=on, cost=source_of(device))
@@ -139,19 +139,6 @@ def trace_from(args: argparse.Namespace) -> Trace:
         raise ConfigError("--rate is for traces made by name; a file has its own times", subject="rate")
     trace = load_trace(path)
     return Trace(trace.header, trace.requests[: args.requests])
-
-
-def slos_from(texts: list[str], trace: Trace) -> dict[str, reports.Slo]:
-    """The ``--slo`` options, else what the trace's generator says. Raises ``ConfigError`` for one that cannot be."""
-    if not texts:
-        return msgspec.convert(trace.header.parameters.get("slo", {}), dict[str, reports.Slo])
-    classes = {request.slo_class for request in trace.requests} | {""}
-    slos = [reports.slo_from(text) for text in texts]
-    for name, _ in slos:
-        if name not in classes:
-            there = ", ".join(sorted(classes - {""})) or "none"
-            raise ConfigError(f"--slo names the class {name!r}; this trace's classes: {there}", subject="slo")
-    return dict(slos)
 
 
 def source_of(device: Device) -> str:

@@ -180,3 +180,25 @@ def play(trace: Trace, handler: Handler = good, *, url: str = "", **given: Any) 
             return Played(outcomes, notes, server, load)
 
     return asyncio.run(run())
+
+
+async def says_nothing(request: Request) -> None:
+    await asyncio.Event().wait()
+
+
+async def refuses(request: Request) -> None:
+    await request.whole(
+        "429 Too Many Requests", b'{"error": {"message": "full"}}', "application/json", "Retry-After: 7"
+    )
+
+
+CHAT = [
+    event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]),
+    event(choices=[{"index": 0, "delta": {"reasoning_content": "hm"}}]),
+    event(choices=[{"index": 0, "delta": {"content": "Grüße 🦜"}}]),
+    event(choices=[{"index": 0, "delta": {"content": "!"}}]),
+    event(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}]),
+    event(choices=[], usage=usage(3, cached=4)),
+    b"data: [DONE]\n\n",
+]
+"""A chat's answer: role, reasoning, text in several bytes a character, end, usage."""

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import struct
-from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,12 +17,13 @@ from tenon.base.clock import SYSTEM, sleep_s
 from tenon.base.errors import ConfigError, ResourceError
 from tenon.workloads.answers import Answer
 from tenon.workloads.load import Load, LoadOptions, ServerModel, find_server
-from tenon.workloads.prompts import WORDS, Prompts, common_ids, text_of
+from tenon.workloads.prompts import text_of
 from tenon.workloads.report import Outcome, report_of
 from tenon.workloads.streaming import EVENT_BYTES, Events, Failed, Patience, Reply, Target
 from tenon.workloads.trace import Segment, Trace, TraceRequest
 from tests.server.conftest import Running, free_port, start, write_model
 from tests.workloads.servers import (
+    CHAT,
     PATIENCE_S,
     Request,
     Server,
@@ -34,6 +32,8 @@ from tests.workloads.servers import (
     good,
     options,
     play,
+    refuses,
+    says_nothing,
     stream,
     text,
     trace_of,
@@ -113,17 +113,6 @@ def test_a_stream_may_end_without_done_if_it_said_why() -> None:
         await request.chunk(b"")
 
     assert play(trace_of([0.0]), terse).outcomes[0].error == ""
-
-
-CHAT = [
-    event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]),
-    event(choices=[{"index": 0, "delta": {"reasoning_content": "hm"}}]),
-    event(choices=[{"index": 0, "delta": {"content": "Grüße 🦜"}}]),
-    event(choices=[{"index": 0, "delta": {"content": "!"}}]),
-    event(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}]),
-    event(choices=[], usage=usage(3, cached=4)),
-    b"data: [DONE]\n\n",
-]
 
 
 def test_a_stream_may_be_cut_anywhere() -> None:
@@ -233,206 +222,6 @@ def test_an_answer_of_several_tokens_a_chunk_is_in_the_notes() -> None:
     got = play(trace_of([0.0, 0.0]), packed)
     assert any(note.startswith("in 2 answers chunks and tokens differ in number") for note in got.notes)
     assert report_of(got.outcomes).overall.chunks == 2
-
-
-# What a bad server does.
-
-
-async def resets(request: Request) -> None:
-    await request.head()
-    await request.chunk(text())
-    await asyncio.sleep(0.05)  # a reset may overtake what is still to be read
-    without_lingering = struct.pack("ii", 1, 0)
-    request.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, without_lingering)
-    request.writer.transport.abort()
-
-
-async def closes(request: Request) -> None:
-    await request.head()
-    await request.chunk(text())
-    request.writer.close()
-
-
-async def says_nothing(request: Request) -> None:
-    await asyncio.Event().wait()
-
-
-async def goes_quiet(request: Request) -> None:
-    await request.head()
-    await request.chunk(text())
-    await asyncio.Event().wait()
-
-
-async def hangs_up(request: Request) -> None:
-    request.writer.close()
-
-
-async def stops_early(request: Request) -> None:
-    await request.head()
-    await request.chunk(text())
-    await request.chunk(b"")
-
-
-async def babbles(request: Request) -> None:
-    await request.head()
-    await request.chunk(b"data: {not json\n\n")
-
-
-async def sends_garbage(request: Request) -> None:
-    await request.head()
-    await request.chunk(bytes(range(256)) * 4)
-    await request.chunk(b"")
-
-
-async def wrong_types(request: Request) -> None:
-    await request.head()
-    await request.chunk(b'data: {"choices": 5}\n\n')
-
-
-async def bad_utf8(request: Request) -> None:
-    await request.head()
-    await request.chunk(b'data: {"choices": [{"text": "\xff"}]}\n\n')
-
-
-async def fails_midway(request: Request) -> None:
-    await request.head()
-    await request.chunk(text() + event(error={"message": "the engine died", "code": "engine_dead"}))
-    await request.chunk(b"")
-
-
-async def refuses(request: Request) -> None:
-    await request.whole(
-        "429 Too Many Requests", b'{"error": {"message": "full"}}', "application/json", "Retry-After: 7"
-    )
-
-
-async def refuses_in_html(request: Request) -> None:
-    await request.whole("502 Bad Gateway", b"<h1>bad\ngateway</h1>", "text/html")
-
-
-async def does_not_stream(request: Request) -> None:
-    await request.whole("200 OK", b'{"choices": []}')
-
-
-async def is_no_http(request: Request) -> None:
-    await request.write(b"220 smtp.example.org ESMTP\r\n")
-
-
-async def endless_header(request: Request) -> None:
-    await request.write(b"HTTP/1.1 200 OK\r\nX: ")
-    while not request.writer.is_closing():
-        await request.write(b"x" * 4096)
-
-
-async def endless_tokens(request: Request) -> None:
-    await request.head()
-    while not request.writer.is_closing():
-        await request.chunk(text() * 100)
-
-
-async def counts_backwards(request: Request) -> None:
-    await request.head()
-    await request.chunk(text(usage=usage(2)) + text(usage=usage(1)))
-
-
-async def counts_absurdly(request: Request) -> None:
-    await request.head()
-    await request.chunk(text(usage=usage(10**12)) + ending(10**12))
-
-
-async def counts_below_zero(request: Request) -> None:
-    await request.head()
-    await request.chunk(text(usage=usage(1, n_prompt=-1)))
-
-
-async def speaks_twice(request: Request) -> None:
-    await request.whole("500 Internal Server Error", b"")
-    await request.whole("200 OK", b"unasked")
-
-
-HOSTILE = {
-    resets: ("broken stream", 1),
-    closes: ("broken stream", 1),
-    says_nothing: ("timeout", 0),
-    goes_quiet: ("timeout", 1),
-    hangs_up: ("no answer", 0),
-    stops_early: ("broken stream", 1),
-    babbles: ("bad event", 0),
-    sends_garbage: ("broken stream", 0),
-    wrong_types: ("bad event", 0),
-    bad_utf8: ("bad event", 0),
-    fails_midway: ("server error", 1),
-    refuses: ("http 429", 0),
-    refuses_in_html: ("http 502", 0),
-    does_not_stream: ("not a stream", 0),
-    is_no_http: ("not HTTP", 0),
-    endless_header: ("not HTTP", 0),
-    endless_tokens: ("bad event", None),
-    counts_backwards: ("bad event", None),
-    counts_absurdly: ("bad event", None),
-    counts_below_zero: ("bad event", None),
-    speaks_twice: ("http 500", 0),
-}
-"""The kind of error that each must give, and how many tokens came before."""
-
-
-@pytest.mark.parametrize("handler", HOSTILE, ids=lambda handler: handler.__name__)
-def test_each_way_to_fail_is_an_outcome_of_its_kind(handler: Any) -> None:
-    kind, n_tokens = HOSTILE[handler]
-    got = play(trace_of([0.0]), handler, silence_s=0.2 if kind == "timeout" else PATIENCE_S)
-    (one,) = got.outcomes
-    assert one.error.partition(":")[0] == kind
-    assert n_tokens is None or len(one.token_s) == n_tokens
-    assert "\n" not in one.error
-    assert report_of(got.outcomes).overall.errors == {kind: 1}
-
-
-def test_errors_say_what_the_server_said() -> None:
-    assert play(trace_of([0.0]), refuses).outcomes[0].error == "http 429: full (retry after 7 s)"
-    assert play(trace_of([0.0]), refuses_in_html).outcomes[0].error == "http 502: <h1>bad gateway</h1>"
-    assert play(trace_of([0.0]), fails_midway).outcomes[0].error == "server error: the engine died"
-
-
-def test_among_all_of_them_none_is_lost_and_the_good_ones_are_answered() -> None:
-    handlers = [*HOSTILE, good]
-    n = 3 * len(handlers)
-
-    async def mixed(request: Request) -> None:
-        await handlers[request.body["max_tokens"] % len(handlers)](request)
-
-    requests = [TraceRequest(f"r{i}", i / 1000, (Segment(1, 5),), 1 + i) for i in range(n)]
-    got = play(Trace.make("t", "t", requests), mixed, silence_s=2.0)
-    assert len(got.by_id) == n
-    expected = Counter(kind for kind, _ in HOSTILE.values() for _ in range(3))
-    assert Counter(one.error.partition(":")[0] for one in got.outcomes if one.error) == expected
-    assert sum(not one.error for one in got.outcomes) == 3
-    assert (got.load.n_answered, got.load.n_failed, got.load.n_running) == (3, n - 3, 0)
-
-
-def test_nobody_listens() -> None:
-    got = play(trace_of([0.0, 0.0]), url=f"http://127.0.0.1:{free_port()}/v1")
-    assert [one.error.partition(":")[0] for one in got.outcomes] == ["connect"] * 2
-
-
-def test_a_trickle_ends_at_the_total_limit() -> None:
-    async def trickles(request: Request) -> None:
-        await request.head()
-        while True:
-            await request.chunk(b": still here\n\n")
-            await asyncio.sleep(0.02)
-
-    got = play(trace_of([0.0]), trickles, total_s=0.3)
-    assert got.outcomes[0].error == "timeout: no whole answer within 0.3 s"
-
-
-def test_a_key_that_a_server_repeats_is_not_told() -> None:
-    async def tells(request: Request) -> None:
-        given = request.headers["authorization"].removeprefix("bearer ")
-        await request.whole("401 Unauthorized", json.dumps({"error": {"message": f"wrong key {given}"}}).encode())
-
-    got = play(trace_of([0.0]), tells, key="secret-1")
-    assert got.outcomes[0].error == "http 401: wrong key [key]"
-    assert "secret-1" not in repr(got.load._options)
 
 
 # When requests go out.
@@ -636,105 +425,6 @@ def test_wrong_keys_and_patience_are_refused() -> None:
 def test_a_load_needs_something_to_count() -> None:
     with pytest.raises(ConfigError, match="has 2 requests to send and 2 are for warming up"):
         Load(trace_of([0.0, 0.0]), options("http://a/v1", warmup=2), lambda _: None)
-
-
-# Prompts.
-
-
-def body_of(prompts: Prompts, *segments: Segment, n_output: int = 4, **answers: str) -> Any:
-    request = TraceRequest("r", 0.0, segments, n_output)
-    return json.loads(prompts.body(request, {int(key[1:]): value for key, value in answers.items()}))
-
-
-def test_words_are_distinct_and_plain() -> None:
-    assert len(set(WORDS)) == len(WORDS) >= 200
-    assert all(word.isascii() and word.isalpha() and word.islower() for word in WORDS)
-
-
-@given(st.integers(0, 2**40), st.integers(1, 60), st.integers(1, 60))
-def test_texts_of_one_content_begin_alike_and_have_a_word_a_token(content: int, a: int, b: int) -> None:
-    short, long = sorted((a, b))
-    assert len(text_of(content, short).split()) == short
-    assert (text_of(content, long) + " ").startswith(text_of(content, short) + " ")
-
-
-@pytest.mark.parametrize("vocab_size", [0, 32000])
-def test_prompts_that_share_contents_share_their_beginning(vocab_size: int) -> None:
-    prompts = Prompts("m", "completions", vocab_size=vocab_size)
-    whole = body_of(prompts, Segment(1, 50), Segment(2, 30))["prompt"]
-    other = body_of(prompts, Segment(1, 50), Segment(3, 30))["prompt"]
-    shared = body_of(prompts, Segment(1, 50))["prompt"]
-    assert whole[: len(shared)] == other[: len(shared)] == shared
-    assert whole != other
-
-
-@given(st.integers(16, 200_000))
-def test_token_ids_stay_within_the_common_part_of_the_vocabulary(vocab_size: int) -> None:
-    ids = body_of(Prompts("m", "completions", vocab_size=vocab_size), Segment(5, 200))["prompt"]
-    first, end = common_ids(vocab_size)
-    assert len(ids) == 200
-    assert 0 < first <= min(ids) <= max(ids) < end < vocab_size
-
-
-def test_a_chat_alternates_and_gives_answers_back_as_they_were() -> None:
-    prompts = Prompts("m", "chat", outputs=[20, 21, 10])
-    segments = (Segment(10, 2), Segment(11, 3), Segment(20, 4), Segment(12, 1), Segment(13, 1), Segment(21, 2))
-    messages = body_of(prompts, *segments, Segment(14, 1), c20=" As it was. ")["messages"]
-    assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant", "user"]
-    assert messages[0]["content"] == (text_of(10, 2) + text_of(11, 3))[1:]
-    assert messages[1]["content"] == " As it was. "
-    assert messages[2]["content"] == (text_of(12, 1) + text_of(13, 1))[1:]
-    assert messages[3]["content"] == text_of(21, 2)
-    assert [message["role"] for message in body_of(prompts, *segments)["messages"]] == ["user", "assistant", "user"]
-
-
-@pytest.mark.parametrize(("endpoint", "vocab_size"), [("chat", 32000), ("completions", 15), ("completions", -1)])
-def test_prompts_that_cannot_be_made_are_refused(endpoint: Any, vocab_size: int) -> None:
-    with pytest.raises(ConfigError, match=r"token ids go to the completions endpoint|vocab_size must be at least 16"):
-        Prompts("m", endpoint, vocab_size=vocab_size)
-
-
-TURNS = Trace.make(
-    "t",
-    "t",
-    [
-        TraceRequest("one", 0.0, (Segment(1, 4),), 3, output=50),
-        TraceRequest("two", 0.0, (Segment(1, 4), Segment(50, 3), Segment(2, 4)), 3, output=51, after="one"),
-    ],
-)
-
-
-@pytest.mark.parametrize("endpoint", ["completions", "chat"])
-def test_real_answers_are_fed_into_later_prompts(endpoint: Any) -> None:
-    async def answers(request: Request) -> None:
-        await request.head()
-        if endpoint == "chat":
-            await request.chunk(b"".join(CHAT))
-        else:
-            await request.chunk(text(" Grüße") + text(" 🦜!") + ending(2))
-        await request.chunk(b"")
-
-    got = play(TURNS, answers, endpoint=endpoint, feed_answers=True)
-    body = got.server.requests[1].body
-    if endpoint == "chat":
-        assert [message["content"] for message in body["messages"]] == [
-            text_of(1, 4)[1:],
-            "Grüße 🦜!",
-            text_of(2, 4)[1:],
-        ]
-    else:
-        assert body["prompt"] == text_of(1, 4) + " Grüße 🦜!" + text_of(2, 4)
-    assert not any("earlier answers" in note for note in got.notes)
-
-
-def test_prompts_with_the_traces_own_answers_are_in_the_notes() -> None:
-    notes = play(TURNS).notes
-    assert any(note.startswith("1 prompts contain earlier answers as the trace has them") for note in notes)
-
-
-def test_a_server_that_counts_other_prompt_tokens_is_in_the_notes() -> None:
-    notes = play(trace_of([0.0], n_prompt=50)).notes
-    assert any(note.startswith("the server counted 5 prompt tokens, the trace has 50") for note in notes)
 
 
 # Asking the server.
