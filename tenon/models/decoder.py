@@ -2,8 +2,8 @@
 
 ``forward(tok, pos, attend)`` works on a flat run of rows: there are no requests, no batch and no cache in
 it. Rows meet only inside ``attend``, so the same maths is trained, exported and served. What a backend can
-do faster it passes in: ``attend`` (reads a paged cache), ``maths`` (fused row-wise kernels), and it may
-replace the ``Linear`` modules by packed ones.
+do faster it passes in: ``attend`` (reads a paged cache) and ``maths``; or it takes the weights over and computes the
+same in another form, as the engine does on CPU (``engine/executors/stack.py``).
 
 Shapes: T rows, M model width, H query heads, G key/value heads, D head size, V vocabulary, E experts.
 """

@@ -18,7 +18,7 @@ from tenon.cli import load as job
 from tenon.workloads import report, trace
 from tenon.workloads.load import ServerModel
 from tenon.workloads.trace import Segment, Trace, TraceRequest
-from tests.server.conftest import Running, free_port, start, wait_for, write_model
+from tests.server.conftest import Running, free_port, hash_server, wait_for
 
 ALONE = """
 import argparse, sys
@@ -32,13 +32,7 @@ sys.exit(load.run(parser.parse_args(sys.argv[1:])))
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """``tenon serve`` with the hash executor."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TENON_STATE", str(tmp_path_factory.mktemp("state")))
-        environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        running = start(write_model(tmp_path_factory.mktemp("tiny")))
-    yield running
-    assert running.stop() == 0
-    running.close()
+    yield from hash_server(tmp_path_factory)
 
 
 @pytest.fixture

@@ -222,3 +222,14 @@ def own_server(model_folder: Path) -> Iterator[Callable[..., Running]]:
     yield begin
     for running in started:
         running.close()
+
+
+def hash_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """``tenon serve`` with the hash executor, stopped at the end: the body of a fixture."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TENON_STATE", str(tmp_path_factory.mktemp("state")))
+        environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        running = start(write_model(tmp_path_factory.mktemp("tiny")))
+    yield running
+    assert running.stop() == 0
+    running.close()

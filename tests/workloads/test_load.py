@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from tenon.workloads.prompts import text_of
 from tenon.workloads.report import Outcome, report_of
 from tenon.workloads.streaming import EVENT_BYTES, Events, Failed, Patience, Reply, Target
 from tenon.workloads.trace import Segment, Trace, TraceRequest
-from tests.server.conftest import Running, free_port, start, write_model
+from tests.server.conftest import Running, free_port, hash_server
 from tests.workloads.servers import (
     CHAT,
     PATIENCE_S,
@@ -486,13 +485,7 @@ def test_a_verdict_names_what_is_missing() -> None:
 @pytest.fixture(scope="module")
 def tenon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """``tenon serve`` with the hash executor."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TENON_STATE", str(tmp_path_factory.mktemp("state")))
-        environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        running = start(write_model(tmp_path_factory.mktemp("tiny")))
-    yield running
-    assert running.stop() == 0
-    running.close()
+    yield from hash_server(tmp_path_factory)
 
 
 def drive(trace: Trace, server: Running, **given: Any) -> tuple[dict[str, Outcome], tuple[str, ...]]:
