@@ -17,6 +17,7 @@ from tenon.server.text import Piece, TokenLogprob
 
 Json = dict[str, Any]
 DONE: Final = b"data: [DONE]\n\n"
+_SEPARATORS: Final = [(chr(code).encode(), rb"\u%04x" % code) for code in (0x85, 0x2028, 0x2029)]
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,11 @@ class CompletionFace:
 
 
 def sse(value: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    """One server-sent event. It is one line by any reading: many clients also end lines at U+0085, U+2028 and U+2029."""
+    data = msgspec.json.encode(value)
+    for separator, escaped in _SEPARATORS:
+        data = data.replace(separator, escaped)
+    return b"data: " + data + b"\n\n"
 
 
 def stream_chunk(face: Face, choice: Json, usage: Callable[[], Json | None] | None) -> bytes:
