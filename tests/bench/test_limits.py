@@ -18,4 +18,13 @@ def test_limits_measure_reading_and_products() -> None:
 
 
 def test_threads_double_up_to_the_number() -> None:
-    assert [limits._powers(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+    assert [limits.powers(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
+@pytest.mark.parametrize(("seconds_of_256", "tried"), [(1e-3, 4), (1.0, 1), (0.02, 2)])
+def test_products_stop_growing_where_they_would_take_minutes(seconds_of_256: float, tried: int) -> None:
+    spent = [seconds_of_256 * 8**i for i in range(4)]
+    given = iter(spent)
+    rate = limits.gemm_flops_per_s(limits.torch.float32, 2048, lambda product: next(given))
+    assert rate == pytest.approx(2 * 256**3 / seconds_of_256)
+    assert len(list(given)) == 4 - tried

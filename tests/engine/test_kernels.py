@@ -16,7 +16,7 @@ from tenon.base import philox
 from tenon.base.errors import IntegrityError
 from tenon.engine.executors import native
 from tenon.engine.executors.attention import MAX_DEPTH, NativeAttention, TorchAttention, roots
-from tenon.engine.executors.linear import PackedLinear, packed_size
+from tenon.engine.executors.linear import PackedLinear
 from tenon.engine.sampling import sample_rows
 from tenon.engine.step import Step
 from tenon.models.decoder import Maths
@@ -104,7 +104,7 @@ def steps(size: int, seed: int) -> list[Step]:
 def test_attention_equals_gathered_attention(shape: Shape, dtype: torch.dtype) -> None:
     H, G, D, size = shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.block_tokens
     spec = ModelSpec("llama", 10, H * D, 1, H, G, D, 8, 512, windows=(shape.window,))
-    ours = NativeAttention(spec, dtype)
+    ours = NativeAttention(spec, dtype, native.load())
     plain = TorchAttention(spec, torch.float64, torch.device("cpu"))
     groups = spec.kv_groups("m", size, 4)
     for attention in (ours, plain):
@@ -159,7 +159,9 @@ class NativeMaths:
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
-    return PackedLinear(native.load(), weight, bias, torch.empty(packed_size(*weight.shape), dtype=weight.dtype))
+    kernels = native.load()
+    memory = torch.empty(kernels.packed_size(*weight.shape), dtype=weight.dtype)
+    return PackedLinear(kernels, weight, bias, memory)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)

@@ -17,7 +17,7 @@ from tenon.cost import calibration
 from tenon.cost.calibration import Measured
 from tenon.cost.work import step_shape
 from tenon.engine.executors import probe
-from tenon.engine.executors.probe_limits import least, powers
+from tenon.engine.executors.probe_limits import least
 from tenon.engine.step import Step
 
 pytestmark = pytest.mark.torch
@@ -116,10 +116,6 @@ def test_the_better_of_two_looks_is_the_faster() -> None:
         "read_Bps": 2.0,
         "launch_s": 1.0,
     }
-
-
-def test_threads_double_up_to_the_number() -> None:
-    assert [powers(n) for n in (1, 2, 6)] == [[1], [1, 2], [1, 2, 4, 6]]
 
 
 @pytest.fixture(scope="module")

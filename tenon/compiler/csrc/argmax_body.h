@@ -5,17 +5,17 @@ void NAME(tenon_argmax)(const SCALAR *x, int64_t rows, int64_t n, int64_t *out) 
 #pragma omp parallel for schedule(static) if (rows * n > PARALLEL)
     for (int64_t r = 0; r < rows; r++) {
         const SCALAR *row = x + r * n;
-        v16 top = splat(-INFINITY);
-        i16x nan = {};
+        vf top = splat(-INFINITY);
+        vi nan = {};
         int64_t i = 0;
-        for (; i + 16 <= n; i += 16) {
-            const v16 v = LOAD(row + i);
+        for (; i + LANES <= n; i += LANES) {
+            const vf v = LOAD(row + i);
             top = max_v(v, top);
             nan |= v != v;
         }
-        float best = max16(top);
+        float best = max_lanes(top);
         int bad = 0;
-        for (int k = 0; k < 16; k++) bad |= nan[k];
+        for (int k = 0; k < LANES; k++) bad |= nan[k];
         for (; i < n; i++) {
             const float v = TO_F(row[i]);
             if (v > best) best = v;

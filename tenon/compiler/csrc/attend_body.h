@@ -1,11 +1,11 @@
-// The body of paged attention, included once per storage type with SCALAR, GROUP, DOT, LOAD, STORE, TO_F,
-// NAME(x) defined.
+// The body of paged attention, included once per storage type with SCALAR, ROW, GROUP, DOT, TAKE, STORE, LOAD_ROW,
+// STORE_ROW, TO_ROW, TO_F, NAME(x) defined; ROW is the type in which queries and probabilities meet keys and values.
 //
-// Cache layout: K [G, block, D / GROUP, B, GROUP] (sixteen positions of a channel, or of two in bf16, lie side by side: a
-// dot product over channels needs no shuffles), V [G, block, B / GROUP, D, GROUP]; heads outermost, so that blocks
-// allocated in a row are read in a row. Probabilities are rounded as values are stored, and summed as rounded.
-// Online softmax runs over tiles of 64 absolute positions from the first visible
-// one upwards, in parts of 16: a row's bits depend neither on its neighbours nor on how the context was cut into chunks.
+// Cache layout: K [G, block, D / GROUP, B, GROUP] (positions of a channel, or of a pair of them, lie side by side: a dot
+// product over channels needs no shuffles), V [G, block, B / GROUP, D, GROUP]; heads outermost, so that blocks allocated in
+// a row are read in a row. Probabilities are rounded to ROW, and summed as rounded. Online softmax runs over tiles of 64
+// absolute positions from the first visible one upwards, in parts of LANES: a row's bits depend neither on its neighbours
+// nor on how the context was cut into chunks.
 // Each K and V byte of a tile is read from memory once for all rows and heads of an item.
 
 static void NAME(write_kv)(const attend_step *a, int64_t row, const SCALAR *k, const SCALAR *v, SCALAR *kc, SCALAR *vc) {
@@ -20,8 +20,8 @@ static void NAME(write_kv)(const attend_step *a, int64_t row, const SCALAR *k, c
     }
 }
 
-// Where K and V of 16 positions from `first` lie: in one block, or gathered into ks [D / GROUP][16][GROUP] and
-// vs [16 / GROUP][D][GROUP] where some are a tree's. K's channels are `stride` positions apart. The next tile's are asked
+// Where K and V of LANES positions from `first` lie: in one block, or gathered into ks [D / GROUP][LANES][GROUP] and
+// vs [LANES / GROUP][D][GROUP] where some are a tree's. K's channels are `stride` positions apart. The next tile's are asked
 // for while this one's are multiplied, line by line: blocks lie scattered, so the hardware's prefetcher cannot guess the
 // next one, and asking for many lines at once stalls the core until they are there.
 typedef struct {
@@ -33,7 +33,7 @@ static NAME(part) NAME(find_part)(
     const attend_step *a, const int32_t *table, const int32_t *path, int64_t base, int64_t first, int64_t last,
     int64_t g, const SCALAR *kc, const SCALAR *vc, SCALAR *ks, SCALAR *vs) {
     const int64_t N = a->n_blocks, B = a->block_tokens, D = a->head_dim;
-    const int64_t n = last - first + 1 < 16 ? last - first + 1 : 16;
+    const int64_t n = last - first + 1 < LANES ? last - first + 1 : LANES;
     if (first + n - 1 <= base) {
         const int64_t next = first + TILE <= base ? first + TILE : first;
         const int64_t block = g * N + table[first / B], off = first % B;
@@ -42,54 +42,56 @@ static NAME(part) NAME(find_part)(
             kc + block * D * B + off * GROUP, vc + (block * B + off) * D, kc + next_block * D * B + next_off * GROUP,
             vc + (next_block * B + next_off) * D, B};
     }
-    memset(ks, 0, D * 16 * sizeof(SCALAR));
-    memset(vs, 0, D * 16 * sizeof(SCALAR));
+    memset(ks, 0, D * LANES * sizeof(SCALAR));
+    memset(vs, 0, D * LANES * sizeof(SCALAR));
     for (int64_t j = 0; j < n; j++) {
         const int64_t p = first + j;
         const int64_t slot = p <= base ? table[p / B] * B + p % B : path[p - base - 1];
         const int64_t block = g * N + slot / B, off = slot % B;
         const SCALAR *from = kc + block * D * B + off * GROUP;
-        for (int64_t d = 0; d < D; d += GROUP) memcpy(ks + d * 16 + j * GROUP, from + d * B, GROUP * sizeof(SCALAR));
+        for (int64_t d = 0; d < D; d += GROUP) memcpy(ks + d * LANES + j * GROUP, from + d * B, GROUP * sizeof(SCALAR));
         from = vc + (block * B + off / GROUP * GROUP) * D + off % GROUP;
         for (int64_t d = 0; d < D; d++) vs[(j / GROUP * D + d) * GROUP + j % GROUP] = from[d * GROUP];
     }
-    return (NAME(part)){ks, vs, ks, vs, 16};
+    return (NAME(part)){ks, vs, ks, vs, LANES};
 }
 
-// scores_N_P: scores of N queries against P parts of 16 positions. Each sum runs over channels in order, whatever else is
+// scores_N_P: scores of N queries against P parts. Each sum runs over channels in order, whatever else is
 // computed beside it.
 #define STRIDE TILE
 #define WEIGHT_AT(p) k##p + d * stride##p
 #define NEXT_AT(p) next##p + d * stride##p
 #define ROW_AT(r) q + r * D + d
 #define SCORES(N, P)                                                                                          \
-    static void NAME(scores_##N##_##P)(const SCALAR *q, const NAME(part) *parts, float *flat, int64_t D) {    \
+    static void NAME(scores_##N##_##P)(const ROW *q, const NAME(part) *parts, float *flat, int64_t D) {    \
         KEYS_##P EACH_##N(SUMS_##P) for (int64_t d = 0; d < D; d += GROUP) {                                        \
             ASKS_##P WEIGHTS_##P EACH_##N(ADDS_##P)                                                           \
         }                                                                                                     \
         EACH_##N(KEEP_##P)                                                                                    \
     }
-SCORES(1, 1) SCORES(2, 1) SCORES(3, 1) SCORES(4, 1) SCORES(1, 4) SCORES(2, 4) SCORES(3, 4) SCORES(4, 4)
+SCORES(1, 1) SCORES(2, 1) SCORES(3, 1) SCORES(4, 1) SCORES(1, 2) SCORES(2, 2) SCORES(3, 2) SCORES(4, 2)
+SCORES(1, 4) SCORES(2, 4) SCORES(3, 4) SCORES(4, 4)
 #undef SCORES
 #undef STRIDE
 #undef WEIGHT_AT
 #undef NEXT_AT
 #undef ROW_AT
 
-// values_N_P: adds to N queries' sums of 16 P channels the values of positions in order, weighted by probabilities.
+// values_N_P: adds to N queries' sums of LANES P channels the values of positions in order, weighted by probabilities.
 // The last part holds `n` positions.
 #define STRIDE D
-#define WEIGHT_AT(p) v + j * D + p * 16 * GROUP
-#define NEXT_AT(p) next + j * D + p * 16 * GROUP
+#define WEIGHT_AT(p) v + j * D + p * LANES * GROUP
+#define NEXT_AT(p) next + j * D + p * LANES * GROUP
 #define ROW_AT(r) row + r * TILE + j
 #define VALUES(N, P)                                                                                               \
     static void NAME(values_##N##_##P)(                                                                            \
-        float *flat, const SCALAR *prob, const NAME(part) *parts, int64_t first, int64_t end, int64_t n, int64_t at, \
+        float *flat, const ROW *prob, const NAME(part) *parts, int64_t first, int64_t end, int64_t n, int64_t at, \
         int64_t D) {                                                                                               \
         flat += at;                                                                                                \
         EACH_##N(RESUME_##P) for (int64_t c = first; c < end; c++) {                                               \
-            const SCALAR *v = parts[c].v + at * GROUP, *next = parts[c].next_v + at * GROUP, *row = prob + c * 16; \
-            const int64_t m = c == end - 1 ? n : 16;                                                               \
+            const SCALAR *v = parts[c].v + at * GROUP, *next = parts[c].next_v + at * GROUP;                       \
+            const ROW *row = prob + c * LANES;                                                                     \
+            const int64_t m = c == end - 1 ? n : LANES;                                                            \
             int64_t j = 0;                                                                                         \
             for (; j + GROUP <= m; j += GROUP) { ASKS_##P WEIGHTS_##P EACH_##N(ADDS_##P) }                         \
             if (j < m) { HALVES_##P EACH_##N(ADDS_##P) }                                                           \
@@ -104,29 +106,32 @@ VALUES(1, 2) VALUES(2, 2) VALUES(3, 2) VALUES(4, 2) VALUES(1, 4) VALUES(2, 4) VA
 #undef ROW_AT
 
 static void NAME(scores)(
-    int64_t N, const SCALAR *q, const NAME(part) *parts, int64_t first, int64_t end, float *s, int64_t D) {
-    typedef void scores(const SCALAR *, const NAME(part) *, float *, int64_t);
-    static scores *const one[4] = {NAME(scores_1_1), NAME(scores_2_1), NAME(scores_3_1), NAME(scores_4_1)};
-    static scores *const four[4] = {NAME(scores_1_4), NAME(scores_2_4), NAME(scores_3_4), NAME(scores_4_4)};
-    if (first == 0 && end == 4) {
-        four[N - 1](q, parts, s, D);
-        return;
-    }
-    for (int64_t c = first; c < end; c++) one[N - 1](q, parts + c, s + c * 16, D);
+    int64_t N, const ROW *q, const NAME(part) *parts, int64_t first, int64_t end, float *s, int64_t D) {
+    typedef void scores(const ROW *, const NAME(part) *, float *, int64_t);
+    static scores *const all[3][4] = {
+        {NAME(scores_1_1), NAME(scores_2_1), NAME(scores_3_1), NAME(scores_4_1)},
+        {NAME(scores_1_2), NAME(scores_2_2), NAME(scores_3_2), NAME(scores_4_2)},
+        {NAME(scores_1_4), NAME(scores_2_4), NAME(scores_3_4), NAME(scores_4_4)},
+    };
+    const int wide = LOG_WIDE(N);
+    int64_t c = first;
+    for (; c + (1 << wide) <= end; c += 1 << wide) all[wide][N - 1](q, parts + c, s + c * LANES, D);
+    for (; c < end; c++) all[0][N - 1](q, parts + c, s + c * LANES, D);
 }
 
 static void NAME(values)(
-    int64_t N, float *acc, const SCALAR *prob, const NAME(part) *parts, int64_t first, int64_t end, int64_t n, int64_t D) {
-    typedef void values(float *, const SCALAR *, const NAME(part) *, int64_t, int64_t, int64_t, int64_t, int64_t);
+    int64_t N, float *acc, const ROW *prob, const NAME(part) *parts, int64_t first, int64_t end, int64_t n, int64_t D) {
+    typedef void values(float *, const ROW *, const NAME(part) *, int64_t, int64_t, int64_t, int64_t, int64_t);
     static values *const two[4] = {NAME(values_1_2), NAME(values_2_2), NAME(values_3_2), NAME(values_4_2)};
     static values *const four[4] = {NAME(values_1_4), NAME(values_2_4), NAME(values_3_4), NAME(values_4_4)};
     int64_t d = 0;
-    for (; d + 64 <= D; d += 64) four[N - 1](acc, prob, parts, first, end, n, d, D);
-    for (; d < D; d += 32) two[N - 1](acc, prob, parts, first, end, n, d, D);
+    if (LOG_WIDE(N) == 2)
+        for (; d + 4 * LANES <= D; d += 4 * LANES) four[N - 1](acc, prob, parts, first, end, n, d, D);
+    for (; d < D; d += 2 * LANES) two[N - 1](acc, prob, parts, first, end, n, d, D);
 }
 
-// Rows of one item against one K/V head. Scratch per thread: acc [Q][D], s [Q][TILE], m, l [Q] in fp32; as stored: q [Q][D],
-// probabilities [Q][TILE], K and V of a tile's gathered parts.
+// Rows of one item against one K/V head. Scratch per thread: acc [Q][D], s [Q][TILE], m, l [Q] in fp32; q [Q][D] and
+// probabilities [Q][TILE] as ROW; K and V of a tile's gathered parts as stored.
 static void NAME(item)(
     const attend_step *a, int64_t item, int64_t g, float scale, const SCALAR *q, const SCALAR *kc, const SCALAR *vc,
     SCALAR *out, float *scratch) {
@@ -134,7 +139,8 @@ static void NAME(item)(
     const int64_t r0 = a->item_row[item], n_rows = a->item_n[item], Q = n_rows * rep;
     const int32_t *table = a->table + a->item_table[item];
     float *acc = scratch, *s = acc + Q * D, *m = s + Q * TILE, *l = m + Q;
-    SCALAR *qs = (SCALAR *)(l + Q), *prob = qs + Q * D, *ks = prob + Q * TILE, *vs = ks + TILE * D;
+    ROW *qs = (ROW *)(l + Q), *prob = qs + Q * D;
+    SCALAR *ks = (SCALAR *)(prob + Q * TILE), *vs = ks + TILE * D;
 
     int64_t base = a->base[r0], last = a->pos[r0], first = last;
     int32_t path[MAX_DEPTH];
@@ -151,57 +157,59 @@ static void NAME(item)(
     memset(acc, 0, Q * D * sizeof(float));
     for (int64_t i = 0; i < Q; i++) {
         m[i] = -INFINITY, l[i] = 0;
-        memcpy(qs + i * D, q + ((r0 + i / rep) * H + g * rep + i % rep) * D, D * sizeof(SCALAR));
+        const SCALAR *from = q + ((r0 + i / rep) * H + g * rep + i % rep) * D;
+        for (int64_t d = 0; d < D; d++) qs[i * D + d] = TO_ROW(from[d]);
     }
 
     for (int64_t t = first / TILE * TILE; t <= last; t += TILE) {
-        const int64_t end = (last - t) / 16 + 1 < TILE / 16 ? (last - t) / 16 + 1 : TILE / 16;
-        const int64_t skip = first > t ? (first - t) / 16 : 0, n = last - t - (end - 1) * 16 + 1;
-        NAME(part) parts[TILE / 16];
+        const int64_t end = (last - t) / LANES + 1 < PARTS ? (last - t) / LANES + 1 : PARTS;
+        const int64_t skip = first > t ? (first - t) / LANES : 0, n = last - t - (end - 1) * LANES + 1;
+        NAME(part) parts[PARTS];
         for (int64_t c = skip; c < end; c++)
             parts[c] = NAME(find_part)(
-                a, table, path, base, t + c * 16, last, g, kc, vc, ks + c * 16 * D, vs + c * 16 * D);
+                a, table, path, base, t + c * LANES, last, g, kc, vc, ks + c * LANES * D, vs + c * LANES * D);
         for (int64_t i = 0; i < Q; i += 4)
             NAME(scores)(Q - i < 4 ? Q - i : 4, qs + i * D, parts, skip, end, s + i * TILE, D);
         for (int64_t i = 0; i < Q; i++) {
             const int64_t p = a->pos[r0 + i / rep];
             const int64_t low = a->window && p - a->window + 1 > t ? p - a->window + 1 - t : 0, high = p - t;
-            v16 x[TILE / 16], top = splat(-INFINITY);
+            vf x[PARTS], top = splat(-INFINITY);
             for (int64_t c = skip; c < end; c++) {
-                x[c] = load_f(s + i * TILE + c * 16) * scale;
-                if (low > c * 16 || high < c * 16 + 15) {
-                    const i16x lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-                    const int64_t from = low - c * 16, to = high - c * 16;
-                    const int32_t lo = from > 16 ? 16 : (int32_t)from, hi = to < -1 ? -1 : to > 16 ? 16 : (int32_t)to;
-                    x[c] = select16((lane >= lo) & (lane <= hi), x[c], splat(-INFINITY));
+                x[c] = load_f(s + i * TILE + c * LANES) * scale;
+                if (low > c * LANES || high < c * LANES + LANES - 1) {
+                    const vi lane = lane_numbers();
+                    const int64_t from = low - c * LANES, to = high - c * LANES;
+                    const int32_t lo = from > LANES ? LANES : (int32_t)from;
+                    const int32_t hi = to < -1 ? -1 : to > LANES ? LANES : (int32_t)to;
+                    x[c] = select_v((lane >= lo) & (lane <= hi), x[c], splat(-INFINITY));
                 }
                 top = max_v(x[c], top);
             }
-            const float best = max16(top);
+            const float best = max_lanes(top);
             if (best == -INFINITY) {
-                memset(prob + i * TILE, 0, TILE * sizeof(SCALAR));
+                memset(prob + i * TILE, 0, TILE * sizeof(ROW));
                 continue;
             }
             if (best > m[i]) {
                 const float shrink = m[i] == -INFINITY ? 0.0f : expf(m[i] - best);
-                for (int64_t d = 0; d < D; d += 16) store_f(acc + i * D + d, load_f(acc + i * D + d) * shrink);
+                for (int64_t d = 0; d < D; d += LANES) store_f(acc + i * D + d, load_f(acc + i * D + d) * shrink);
                 l[i] *= shrink;
                 m[i] = best;
             }
-            v16 sum = {};
+            vf sum = {};
             for (int64_t c = skip; c < end; c++) {
-                STORE(prob + i * TILE + c * 16, exp16(x[c] - m[i]));
-                sum += LOAD(prob + i * TILE + c * 16);
+                STORE_ROW(prob + i * TILE + c * LANES, exp_v(x[c] - m[i]));
+                sum += LOAD_ROW(prob + i * TILE + c * LANES);
             }
-            l[i] += sum16(sum);
+            l[i] += sum_v(sum);
         }
         for (int64_t i = 0; i < Q; i += 4)
-            NAME(values)(Q - i < 4 ? Q - i : 4, acc + i * D, prob + i * TILE, parts, skip, end, n < 16 ? n : 16, D);
+            NAME(values)(Q - i < 4 ? Q - i : 4, acc + i * D, prob + i * TILE, parts, skip, end, n < LANES ? n : LANES, D);
     }
     for (int64_t i = 0; i < Q; i++) {
         SCALAR *dst = out + ((r0 + i / rep) * H + g * rep + i % rep) * D;
         const float inverse = 1.0f / l[i];
-        for (int64_t d = 0; d < D; d += 16) STORE(dst + d, load_f(acc + i * D + d) * inverse);
+        for (int64_t d = 0; d < D; d += LANES) STORE(dst + d, load_f(acc + i * D + d) * inverse);
     }
 }
 
@@ -214,7 +222,7 @@ int NAME(tenon_attend)(
     for (int64_t i = 0; i < a->n_items; i++)
         if (a->item_n[i] > rows) rows = a->item_n[i];
     const int64_t Q = rows * rep;
-    const size_t bytes = (Q * D + Q * (TILE + 2)) * sizeof(float) + (Q * D + Q * TILE + 2 * TILE * D) * sizeof(SCALAR);
+    const size_t bytes = (Q * D + Q * (TILE + 2)) * sizeof(float) + Q * (D + TILE) * sizeof(ROW) + 2 * TILE * D * sizeof(SCALAR);
     int failed = 0;
 #pragma omp parallel
     {

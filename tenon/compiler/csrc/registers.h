@@ -1,28 +1,38 @@
 // Blocks of sums that stay in registers: rows r against panels p, in named variables, since compilers do not keep arrays
-// of this size in registers. The includer defines WEIGHT_AT(p), the next 16 lanes of panel p, and ROW_AT(r), the element
-// (or pair) of row r that meets them, and DOT(sum, row, lanes).
+// of this size in registers. The includer defines WEIGHT_AT(p), the next lanes of panel p, and ROW_AT(r), the element (or
+// pair) of row r that meets them, TAKE(p), the lanes at p, and DOT(sum, row, lanes).
+//
+// Where the processor has dot products of bf16 pairs, bf16 is stored in pairs and rows meet them as stored: GROUP is 2.
+// Elsewhere rows are widened to fp32 once, and weights as they are read.
 #ifndef TENON_REGISTERS_H
 #define TENON_REGISTERS_H
 
 #include "simd.h"
 
+static inline vf dot_f(vf sum, const float *x, vf w) { return sum + w * *x; }
+
 #ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 typedef int32_t pair __attribute__((may_alias, aligned(2)));
-
-static inline v16 dot_f(v16 sum, const float *x, v16 w) { return sum + w * *x; }
+typedef bf16 bf16_row;
+enum { BF16_GROUP = 2 };
 
 // Two channels of sixteen lanes.
-static inline v16 dot_b(v16 sum, const bf16 *x, v16 w) {
-#ifdef __AVX512BF16__
-    return (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(*(const pair *)x));
-#else
-    const u16x both = (u16x)w;
-    return sum + (v16)(both << 16) * b_to_f(x[0]) + (v16)(both & 0xffff0000) * b_to_f(x[1]);
-#endif
+static inline vf dot_b(vf sum, const bf16 *x, vf w) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(*(const pair *)x));
 }
+static inline vf take_b(const bf16 *p) { return load_f((const float *)p); }
+static inline vf load_row(const bf16 *p) { return load_b(p); }
+static inline void store_row(bf16 *p, vf v) { store_b(p, v); }
+static inline bf16 to_row(bf16 x) { return x; }
+#else
+typedef float bf16_row;
+enum { BF16_GROUP = 1 };
+#define dot_b dot_f
+#define take_b load_b
+#define load_row load_f
+#define store_row store_f
+#define to_row b_to_f
+#endif
 
 #define EACH_1(M) M(0)
 #define EACH_2(M) EACH_1(M) M(1)
@@ -40,12 +50,12 @@ static inline v16 dot_b(v16 sum, const bf16 *x, v16 w) {
 #define EACH_14(M) EACH_13(M) M(13)
 
 // s<panel>_<row>, over 1, 2, 4 or 8 panels.
-#define SUM(p, r) v16 s##p##_##r = {};
+#define SUM(p, r) vf s##p##_##r = {};
 #define SUMS_1(r) SUM(0, r)
 #define SUMS_2(r) SUMS_1(r) SUM(1, r)
 #define SUMS_4(r) SUMS_2(r) SUM(2, r) SUM(3, r)
 #define SUMS_8(r) SUMS_4(r) SUM(4, r) SUM(5, r) SUM(6, r) SUM(7, r)
-#define WEIGHT(p) const v16 w##p = load_f((const float *)(WEIGHT_AT(p)));
+#define WEIGHT(p) const vf w##p = TAKE(WEIGHT_AT(p));
 #define WEIGHTS_1 WEIGHT(0)
 #define WEIGHTS_2 WEIGHTS_1 WEIGHT(1)
 #define WEIGHTS_4 WEIGHTS_2 WEIGHT(2) WEIGHT(3)
@@ -56,7 +66,7 @@ static inline v16 dot_b(v16 sum, const bf16 *x, v16 w) {
 #define ADDS_4(r) ADDS_2(r) ADD(2, r) ADD(3, r)
 #define ADDS_8(r) ADDS_4(r) ADD(4, r) ADD(5, r) ADD(6, r) ADD(7, r)
 // into `flat`, rows STRIDE apart
-#define KEEP(p, r) store_f(flat + r * STRIDE + p * 16, s##p##_##r);
+#define KEEP(p, r) store_f(flat + r * STRIDE + p * LANES, s##p##_##r);
 #define KEEP_1(r) KEEP(0, r)
 #define KEEP_2(r) KEEP_1(r) KEEP(1, r)
 #define KEEP_4(r) KEEP_2(r) KEEP(2, r) KEEP(3, r)

@@ -3,7 +3,7 @@
 
 enum { PARALLEL = 16384 };  // elements below which waking the other threads costs more than it saves
 
-static inline v16 clamp88(v16 x) { return select16(x > splat(88.0f), splat(88.0f), x); }
+static inline vf clamp88(vf x) { return select_v(x > splat(88.0f), splat(88.0f), x); }
 
 #define SCALAR float
 #define LOAD load_f

@@ -1,34 +1,34 @@
 // Row-wise maths, included once per storage type with SCALAR, LOAD, STORE, TO_F, FROM_F, NAME(x) defined.
-// A row's bits depend on the row alone: sums run in one fixed order. Sixteen lanes at a time, the rest one by one.
+// A row's bits depend on the row alone: sums run in one fixed order. A vector at a time, the rest one by one.
 
 static inline float NAME(mean_square)(const float *x, int64_t n) {
-    v16 sum = {};
+    vf sum = {};
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        const v16 v = load_f(x + i);
+    for (; i + LANES <= n; i += LANES) {
+        const vf v = load_f(x + i);
         sum += v * v;
     }
     float rest = 0;
     for (; i < n; i++) rest += x[i] * x[i];
-    return (sum16(sum) + rest) / (float)n;
+    return (sum_v(sum) + rest) / (float)n;
 }
 
 // x *= factor * weight
 static inline void NAME(scale)(float *x, float factor, const SCALAR *weight, int64_t n) {
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) store_f(x + i, load_f(x + i) * factor * LOAD(weight + i));
+    for (; i + LANES <= n; i += LANES) store_f(x + i, load_f(x + i) * factor * LOAD(weight + i));
     for (; i < n; i++) x[i] = x[i] * factor * TO_F(weight[i]);
 }
 
 static inline void NAME(widen)(const SCALAR *x, int64_t n, float *out) {
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) store_f(out + i, LOAD(x + i));
+    for (; i + LANES <= n; i += LANES) store_f(out + i, LOAD(x + i));
     for (; i < n; i++) out[i] = TO_F(x[i]);
 }
 
 static inline void NAME(narrow)(const float *x, int64_t n, SCALAR *out) {
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) STORE(out + i, load_f(x + i));
+    for (; i + LANES <= n; i += LANES) STORE(out + i, load_f(x + i));
     for (; i < n; i++) out[i] = FROM_F(x[i]);
 }
 
@@ -52,7 +52,7 @@ void NAME(tenon_add_norm)(
         SCALAR *hr = h + r * n;
         const SCALAR *dr = delta + r * n;
         int64_t i = 0;
-        for (; i + 16 <= n; i += 16) {
+        for (; i + LANES <= n; i += LANES) {
             STORE(hr + i, LOAD(hr + i) + LOAD(dr + i));
             store_f(buffer + i, LOAD(hr + i));
         }
@@ -80,8 +80,8 @@ void NAME(tenon_heads)(
             NAME(widen)(qkv + r * N + h * D, D, x);
             if (weight) NAME(scale)(x, 1.0f / sqrtf(NAME(mean_square)(x, D) + eps), weight, D);
             int64_t d = 0;
-            for (; d + 16 <= half; d += 16) {
-                const v16 a = load_f(x + d), b = load_f(x + d + half), cd = load_f(c + d), sd = load_f(s + d);
+            for (; d + LANES <= half; d += LANES) {
+                const vf a = load_f(x + d), b = load_f(x + d + half), cd = load_f(c + d), sd = load_f(s + d);
                 STORE(dst + d, a * cd - b * sd);
                 STORE(dst + d + half, b * cd + a * sd);
             }
@@ -101,9 +101,9 @@ void NAME(tenon_swiglu)(const SCALAR *x, int64_t rows, int64_t F, SCALAR *out) {
         const SCALAR *gate = x + 2 * r * F, *up = gate + F;
         SCALAR *dst = out + r * F;
         int64_t i = 0;
-        for (; i + 16 <= F; i += 16) {
-            const v16 g = LOAD(gate + i);
-            STORE(dst + i, g / (exp16(clamp88(-g)) + 1.0f) * LOAD(up + i));
+        for (; i + LANES <= F; i += LANES) {
+            const vf g = LOAD(gate + i);
+            STORE(dst + i, g / (exp_v(clamp88(-g)) + 1.0f) * LOAD(up + i));
         }
         for (; i < F; i++) {
             const float g = TO_F(gate[i]);

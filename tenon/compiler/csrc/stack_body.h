@@ -49,7 +49,7 @@ static void NAME(route)(const SCALAR *logits, int64_t E, int64_t K, int normalis
 // Mixture of experts: rows are gathered by expert, each expert runs once, a row's parts are summed in its own order.
 static int NAME(sparse)(const stack *s, const stack_layer *l, int64_t T, const NAME(arrays) *a) {
     const int64_t M = s->hidden, E = s->n_experts, K = s->top_k, F = l->width;
-    const int64_t up_size = (2 * F + 15) / 16 * 16 * M, down_size = (M + 15) / 16 * 16 * F;
+    const int64_t up_size = (2 * F + LANES - 1) / LANES * LANES * M, down_size = (M + LANES - 1) / LANES * LANES * F;
     if (NAME(tenon_linear)(a->x, l->router, 0, T, M, E, a->router)) return -1;
 #pragma omp parallel for schedule(static) if (T > 64)
     for (int64_t t = 0; t < T; t++)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tenon.base.errors import IntegrityError
 from tenon.engine.executors.memory import zeros
-from tenon.engine.executors.native import AttendStep
+from tenon.engine.executors.native import AttendStep, Native
 from tenon.engine.step import I32, GroupStep, Step
 from tenon.models.spec import KVGroup, ModelSpec
 
@@ -168,21 +168,21 @@ class TorchAttention:
 
 
 class NativeAttention:
-    """What the C kernel reads: caches K [G, block, D / 2, B, 2] (fp32: [G, block, D, B, 1])
-    and V [G, block, B / 2, D, 2], a plan of the step for each group."""
+    """What the C kernel reads: caches K [G, block, D / P, B, P] and V [G, block, B / P, D, P], P elements being multiplied
+    as one (``native.group``), and a plan of the step for each group."""
 
     layers: list[Cache]
     plans: ctypes.Array[AttendStep]
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
-        self._spec, self._dtype = spec, dtype
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, native: Native) -> None:
+        self._spec, self._dtype, self._group = spec, dtype, native.group[dtype]
 
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
         """Zeroed cache memory. Raises ``ResourceError``."""
         size = self._size = groups[0].block_tokens
         G, D = self._spec.n_kv_heads, self._spec.head_dim
-        group = 4 // self._dtype.itemsize  # channels, and positions, that the kernel multiplies as one
-        shapes = ((G, n_blocks, D // group, size, group), (G, n_blocks, size // group, D, group))
+        P = self._group
+        shapes = ((G, n_blocks, D // P, size, P), (G, n_blocks, size // P, D, P))
         self._n_blocks = n_blocks
         self.layers = _allocate(groups, shapes, torch.empty(0, dtype=self._dtype))
         self._windows = [group.window or 0 for group in groups]

@@ -5,25 +5,15 @@ The kernel computes each output in one order whatever it is computed beside, so 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from tenon.base.errors import ResourceError
 from tenon.engine.executors.native import Native
 
-PANEL = 16
-"""Outputs that lie side by side; see ``compiler/csrc/linear_body.h``."""
-
-
-def packed_size(n: int, k: int) -> int:
-    """Elements of a packed weight [n, k]."""
-    return math.ceil(n / PANEL) * PANEL * k
-
 
 class PackedLinear:
-    """y = x W^T + b. ``memory`` takes the packed weight: at least ``packed_size(N, K)`` elements."""
+    """y = x W^T + b. ``memory`` takes the packed weight: at least ``native.packed_size(N, K)`` elements."""
 
     def __init__(self, native: Native, weight_NK: Tensor, bias_N: Tensor | None, memory: Tensor) -> None:
         self.N, self.K = weight_NK.shape

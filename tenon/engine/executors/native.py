@@ -7,6 +7,7 @@ and the executor goes on in torch alone, saying so once.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from functools import cache
@@ -66,10 +67,20 @@ class Native:
                 function = lib[f"tenon_{name}_{suffix}"]
                 function.argtypes, function.restype = arguments, result
                 table[dtype] = function
+        lanes, bf16_group = c_int64(), c_int64()
+        lib["tenon_layout"](ctypes.byref(lanes), ctypes.byref(bf16_group))
+        self.lanes = lanes.value
+        """Outputs of a linear layer that lie side by side: as many as a register of this processor holds."""
+        self.group = {torch.float32: 1, torch.bfloat16: bf16_group.value}
+        """Neighbouring elements that are multiplied as one, and so lie together in packed weights and caches."""
         self._noise = lib["tenon_noise"]
         self._noise.argtypes, self._noise.restype = (c_uint64, c_uint32, c_uint32, P, I, P), None
         self._choose = lib["tenon_choose"]
         self._choose.argtypes, self._choose.restype = (P, I, F, c_uint64, c_uint32, c_uint32), c_int64
+
+    def packed_size(self, n: int, k: int) -> int:
+        """Elements of a packed weight [n, k]."""
+        return math.ceil(n / self.lanes) * self.lanes * k
 
     def noise(self, seed: int, sample: int, position: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         """:func:`tenon.base.philox.noise`, faster."""

@@ -17,9 +17,10 @@ from torch import Tensor
 from tenon.base import machine
 from tenon.base.clock import SYSTEM, Clock
 from tenon.base.errors import ResourceError
+from tenon.bench.limits import gemm_flops_per_s, powers
 from tenon.engine.executors import native
 from tenon.engine.executors.attention import NativeAttention
-from tenon.engine.executors.linear import PackedLinear, packed_size
+from tenon.engine.executors.linear import PackedLinear
 from tenon.engine.executors.memory import zeros
 from tenon.engine.step import GroupStep, Params, Step
 from tenon.models.spec import ModelSpec
@@ -118,11 +119,6 @@ def timed(work: Callable[[], object], clock: Clock) -> float:
     return clock.now_s() - start_s
 
 
-def powers(threads: int) -> list[int]:
-    """1, 2, 4, ... and the number itself."""
-    return sorted({2**i for i in range(threads.bit_length()) if 2**i <= threads} | {threads})
-
-
 class _products:
     """Matrix products by the C kernels, or by torch where there is no compiler."""
 
@@ -138,7 +134,7 @@ class _products:
         weight_NK = torch.full((n, k), 0.01, dtype=dtype)
         if self.native is None:
             return lambda x_TK: torch.nn.functional.linear(x_TK, weight_NK)
-        memory = zeros((packed_size(n, k),), weight_NK, "a matrix")
+        memory = zeros((self.native.packed_size(n, k),), weight_NK, "a matrix")
         return PackedLinear(self.native, weight_NK, None, memory)
 
     def gemv_Bps(self, seconds: Times, size: int) -> float:
@@ -152,9 +148,12 @@ class _products:
     def gemm_flops_per_s(self, seconds: Times, dtype: torch.dtype) -> float:
         """The better of the serving kernel and torch."""
         n = max(64, int(1024 * self._scale))
+        torchs = gemm_flops_per_s(dtype, n, seconds)
+        if self.native is None:
+            return torchs
         x_TK = torch.full((n, n), 0.01, dtype=dtype)
         linear = self._linear(n, n, dtype)
-        return 2 * n**3 / min(seconds(lambda: linear(x_TK)), seconds(lambda: torch.mm(x_TK, x_TK)))
+        return max(torchs, 2 * n**3 / seconds(lambda: linear(x_TK)))
 
     def call_s(self, seconds: Times) -> float:
         """A product too small to take time: what is paid for calling it with all threads."""
@@ -168,7 +167,7 @@ def _attention_Bps(kernels: native.Native, seconds: Times, scale: float) -> floa
     """Bytes of keys and values a second, decoding eight sequences whose cache is beyond the processor's."""
     spec = ModelSpec("llama", 256, 512, 1, 8, 4, 64, 512, 1 << 17)
     S, context = 8, max(64, int(8192 * scale))
-    attention = NativeAttention(spec, torch.bfloat16)
+    attention = NativeAttention(spec, torch.bfloat16, kernels)
     per_span = context // BLOCK_TOKENS
     attention.allocate(spec.kv_groups("probe", BLOCK_TOKENS, 2), S * per_span + 1)
     cache = attention.layers[0]

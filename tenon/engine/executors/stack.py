@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tenon.base.errors import ResourceError
 from tenon.engine.executors.attention import NativeAttention
-from tenon.engine.executors.linear import PackedLinear, packed_size
+from tenon.engine.executors.linear import PackedLinear
 from tenon.engine.executors.memory import zeros
 from tenon.engine.executors.native import SUFFIX, Native
 from tenon.models import rope
@@ -84,7 +84,7 @@ class Stack:
         self._native = native
         self._keep: list[Tensor] = []
         self.products: list[PackedLinear] = []
-        self._memory = zeros((sum(_packed_sizes(model)),), self._embed, "the packed weights")
+        self._memory = zeros((sum(self._packed_sizes(model)),), self._embed, "the packed weights")
         self._used = 0
         positions = torch.arange(max_position)
         self._cos_PD2, self._sin_PD2 = rope.cos_sin(positions, model.inv_freq, model.rope_factor)
@@ -170,7 +170,7 @@ class Stack:
         return tensor.data_ptr()
 
     def _take(self, n: int, k: int) -> Tensor:
-        size = packed_size(n, k)
+        size = self._native.packed_size(n, k)
         self._used += size
         return self._memory[self._used - size : self._used]
 
@@ -184,11 +184,11 @@ class Stack:
         packed = [PackedLinear(self._native, w_NK, None, self._take(*w_NK.shape)) for w_NK in weight_ENK]
         return packed[0].memory.data_ptr()
 
-
-def _packed_sizes(model: Decoder) -> Iterator[int]:
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            yield packed_size(*module.weight.shape)
-        elif isinstance(module, SparseMlp):
-            for weight_ENK in (module.gate_up, module.down):
-                yield len(weight_ENK) * packed_size(*weight_ENK.shape[1:])
+    def _packed_sizes(self, model: Decoder) -> Iterator[int]:
+        size = self._native.packed_size
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                yield size(*module.weight.shape)
+            elif isinstance(module, SparseMlp):
+                for weight_ENK in (module.gate_up, module.down):
+                    yield len(weight_ENK) * size(*weight_ENK.shape[1:])

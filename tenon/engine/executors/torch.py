@@ -88,7 +88,7 @@ class TorchExecutor:
         self._native = self._load_native(on_phase)
         self._attention: NativeAttention | TorchAttention
         if self._native is not None and (why := uncovered(self.spec, self._dtype)) is None:
-            self._attention = NativeAttention(self.spec, self._dtype)
+            self._attention = NativeAttention(self.spec, self._dtype, self._native)
         else:
             if self._native is not None:
                 self._note(f"the model runs in torch, which is slower: the C kernels do not cover {why}")
