@@ -107,8 +107,14 @@ def test_every_kind_of_step_is_calibrated_and_fits_its_model() -> None:
 
 
 def test_the_least_leaves_out_the_first_call() -> None:
-    clock, spent = ManualClock(), iter([1.0, 4.0, 2.0, 3.0])
-    assert least(lambda: clock.advance(next(spent)), clock, at_least=3, budget_s=0.0) == (2.0, 3)
+    clock, spent = ManualClock(), iter([0.01, 0.04, 0.02, 0.03])
+    seconds, n = least(lambda: clock.advance(next(spent)), clock, at_least=3, budget_s=0.0)
+    assert (seconds, n) == (pytest.approx(0.02), 3)
+
+
+def test_what_takes_long_runs_once() -> None:
+    clock = ManualClock()
+    assert least(lambda: clock.advance(1.0), clock, at_least=3, budget_s=0.0) == (1.0, 1)
 
 
 def test_the_better_of_two_looks_is_the_faster() -> None:

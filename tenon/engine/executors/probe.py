@@ -39,6 +39,8 @@ from tenon.models.spec import ModelSpec, dtype_bytes, step_work
 
 BLOCK_TOKENS: Final = 16
 FILL_ROWS: Final = 256
+STEPS_LIMIT_S: Final = 32.0
+"""Of calibration's minute, what steps may take."""
 OnPhase = Callable[[str], None]
 
 
@@ -270,18 +272,22 @@ def time_steps(
     rounds: int = 4,
     at_least: int = 2,
     budget_s: float = 0.04,
+    limit_s: float = float("inf"),
     clock: Clock = SYSTEM,
 ) -> list[Point]:
     """Every plan's time: the median over rounds of the least of a few runs.
 
     What else the machine does only ever adds to a run, so the least is what the step takes; rounds go through all plans
     of all models, so that a slow moment falls on no step in more than one of them. In a round a plan runs ``at_least``
-    times, and more while ``budget_s`` lasts.
+    times, and more while ``budget_s`` lasts. On a slow machine rounds end where another would pass ``limit_s``.
     """
     steps = [(model, rig, plan, rig.step(plan)) for model, (rig, plans) in rigs.items() for plan in plans]
     seen: list[list[float]] = [[] for _ in steps]
     count = [0] * len(steps)
-    for _ in range(rounds):
+    start_s = clock.now_s()
+    for done in range(rounds):
+        if done and (clock.now_s() - start_s) * (done + 1) / done > limit_s:
+            break
         for i, (_, rig, _, step) in enumerate(steps):
             seconds, n = least(lambda r=rig, s=step: r.run(s), clock, at_least=at_least, budget_s=budget_s)  # type: ignore[misc]
             seen[i].append(seconds)
@@ -341,7 +347,7 @@ def measure(on_phase: OnPhase, *, threads: int | None = None, device: str = "aut
             rig = Rig(MODELS[model](), needed(chosen), threads=None if cuda else threads, device=device)
             rigs[model] = rig, chosen
     on_phase("steps")
-    points = time_steps(rigs, rounds=4 if scale >= 1 else 1)
+    points = time_steps(rigs, rounds=4 if scale >= 1 else 1, limit_s=STEPS_LIMIT_S)
     dtype = rig.dtype
     for rig, _ in rigs.values():
         rig.close()
