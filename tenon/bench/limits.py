@@ -1,7 +1,7 @@
 """What the machine can do at best, measured as a contender like any other.
 
-Reading: a buffer far beyond the last cache is read end to end with 1, 2, 4, ... threads. Matrix products: square,
-large enough to be bound by arithmetic where a second suffices for that, per dtype, with all threads. Each is the best of
+Reading: a buffer far beyond the last cache is read end to end with 1, 2, 4, ... threads. Matrix products: square, per
+dtype, with all threads, large enough to be bound by arithmetic where a second suffices for that. Each is the best of
 several tries, for a limit is what nothing on this machine exceeds.
 """
 

@@ -189,7 +189,7 @@ class CompletionFace:
 
 
 def sse(value: Any) -> bytes:
-    """One server-sent event. It is one line by any reading: many clients also end lines at U+0085, U+2028 and U+2029."""
+    """One server-sent event: one line by any reading, for many clients end lines at U+0085, U+2028 and U+2029 too."""
     data = msgspec.json.encode(value)
     for separator, escaped in _SEPARATORS:
         data = data.replace(separator, escaped)

@@ -168,8 +168,8 @@ class TorchAttention:
 
 
 class NativeAttention:
-    """What the C kernel reads: caches K [G, block, D / P, B, P] and V [G, block, B / P, D, P], P elements being multiplied
-    as one (``native.group``), and a plan of the step for each group."""
+    """What the C kernel reads: caches K [G, block, D / P, B, P] and V [G, block, B / P, D, P], P elements being
+    multiplied as one (``native.group``), and a plan of the step for each group."""
 
     layers: list[Cache]
     plans: ctypes.Array[AttendStep]
