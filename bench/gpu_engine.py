@@ -73,7 +73,10 @@ def rates(shape: str, context: int, batch: int) -> dict[str, float]:
     """Decode and prefill rates of Tenon over those of ``generate`` on the same device."""
     from bench import offline
 
-    cell = {"shape": shape, "context": context, "batch": batch, "new": 64, "shared": False, "bookkeeping": False}
+    cell = {
+        "shape": shape, "dtype": "bfloat16", "context": context, "batch": batch, "new": 64,
+        "shared": False, "bookkeeping": False,
+    }  # fmt: skip
     measured = []
     for contender in (offline.Tenon(device="cuda"), offline.Transformers(device="cuda")):
         contender.setup(cell)

@@ -31,7 +31,8 @@ class Mode(Tenon):
 def cells(quick: bool) -> list[Cell]:
     def cell(shape: str, batch: int, new: int, sample_s: float) -> Cell:
         params: dict[str, Any] = {
-            "shape": shape, "context": 256, "batch": batch, "new": new, "shared": False, "bookkeeping": False,
+            "shape": shape, "dtype": "bfloat16", "context": 256, "batch": batch, "new": new,
+            "shared": False, "bookkeeping": False,
         }  # fmt: skip
         return Cell(f"{shape} 256 x{batch}", params, 3 if quick else 9, 1, (), sample_s, 300)
 

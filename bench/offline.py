@@ -1,9 +1,10 @@
 """Offline decoding against transformers: prefill and decode rates over shapes, contexts and batch sizes.
 
-Weights are random (the shapes are what costs), types bf16, greedy, prompts are seeded token ids that share nothing. At
-context 8192 a batch of 8 shares its context: it is prefilled once in set-up by every contender (from Tenon's prefix
-cache, from a repeated ``DynamicCache``) and only decoding is timed. Beside the rates stand the step's time over that
-of its linear layers alone, and the engine's bookkeeping at 64 sequences.
+Weights are random (the shapes are what costs), greedy, prompts are seeded token ids that share nothing. The type is
+bf16 where the processor multiplies it and fp32 elsewhere: there torch emulates bf16, a hundred times slower than fp32,
+which is nobody's choice. At context 8192 a batch of 8 shares its context: it is prefilled once in set-up by every
+contender (from Tenon's prefix cache, from a repeated ``DynamicCache``) and only decoding is timed. Beside the rates
+stand the step's time over that of its linear layers alone, and the engine's bookkeeping at 64 sequences.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from tenon.base.clock import SYSTEM
+from tenon.base.machine import describe
 from tenon.base.result import Check, ContenderEntry, Result, at_least, at_most
 from tenon.bench.claim import Cell
 
-TITLE = "offline decoding against transformers, random weights, bf16, greedy"
+DTYPE = "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(describe().flags) else "float32"
+TITLE = f"offline decoding against transformers, random weights, {DTYPE}, greedy"
 BASELINE = "generate"
 LIMITS = True
 
@@ -30,7 +33,6 @@ COMMON = {
     "attention_bias": False,
     "tie_word_embeddings": True,
     "max_position_embeddings": 16384,
-    "dtype": "bfloat16",
 }
 EMBEDDED = json.loads((ROOT / "tenon" / "models" / "embedded" / "target" / "config.json").read_text())
 SIZES = (
@@ -75,7 +77,7 @@ class Tenon:
 
         self._cell, self._sample = cell, 0
         self._folder = tempfile.TemporaryDirectory()
-        config = COMMON | SHAPES[cell["shape"]]
+        config = COMMON | SHAPES[cell["shape"]] | {"dtype": cell["dtype"]}
         (Path(self._folder.name) / "config.json").write_text(json.dumps(config))
         length = cell["context"] + cell["new"] + 17
         engine_config = EngineConfig(
@@ -134,7 +136,8 @@ class Tenon:
             device = forward.model.embed.weight.device
             linear = [module for module in forward.model.modules() if isinstance(module, torch.nn.Linear)]
             calls = [(module, module.in_features) for module in linear]
-        inputs = [(module, torch.randn(batch, width, dtype=torch.bfloat16, device=device)) for module, width in calls]
+        dtype = getattr(torch, self._cell["dtype"])
+        inputs = [(module, torch.randn(batch, width, dtype=dtype, device=device)) for module, width in calls]
         seconds = []
         with torch.inference_mode():
             for _ in range(rounds):
@@ -162,11 +165,10 @@ class Transformers:
         transformers.logging.set_verbosity_error()
         self._cell, self._sample = cell, 0
         shape = COMMON | SHAPES[cell["shape"]]
+        dtype = getattr(torch, cell["dtype"])
         config = transformers.AutoConfig.for_model(**shape)
         torch.manual_seed(1)
-        self._model = (
-            transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(self._device).eval()
-        )
+        self._model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).to(self._device).eval()
         self._past = None
         if cell["shared"]:
             ids = torch.tensor(prompts(cell, 0), device=self._device)
@@ -255,7 +257,7 @@ BOOKKEEPING_MS = 1.0
 
 def _cell(shape: str, context: int, batch: int, sample_s: float, rounds: int, new: int, *who: str) -> Cell:
     params = {
-        "shape": shape, "context": context, "batch": batch, "new": new,
+        "shape": shape, "dtype": DTYPE, "context": context, "batch": batch, "new": new,
         "shared": context > 4096 and batch > 1, "bookkeeping": False,
     }  # fmt: skip
     return Cell(f"{shape} {context} x{batch}", params, rounds, 1, who or BOTH, sample_s, 600)
@@ -266,7 +268,10 @@ def cells(quick: bool) -> list[Cell]:
     rewrites every step, do not fit beside the contenders in 24 GB."""
     book = Cell(
         "bookkeeping x64",
-        {"shape": "embedded", "context": 32, "batch": 64, "new": 60, "shared": False, "bookkeeping": True},
+        {
+            "shape": "embedded", "dtype": DTYPE, "context": 32, "batch": 64, "new": 60,
+            "shared": False, "bookkeeping": True,
+        },
         3 if quick else 7, 1, ("tenon",), 3.0, 300,
     )  # fmt: skip
     small = [
