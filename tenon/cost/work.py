@@ -7,9 +7,9 @@ knows the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,8 +20,7 @@ PIECE_ROWS: Final = 16
 """Rows of one span that an attention kernel takes through its keys together; longer runs are cut, trees into rows."""
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
+class Phase(msgspec.Struct, frozen=True):
     """All kernels of one kind in a step.
 
     ``flops`` counts a multiply-add as two. ``bytes`` is what moves between memory and the device's caches at the least:
@@ -39,8 +38,7 @@ class Phase:
     branched: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """One step. ``rows`` are computed, ``spans`` are runs of one sequence's rows, ``outputs`` are rows with logits."""
 
     dtype: str
@@ -58,8 +56,7 @@ class Work:
         return sum(phase.bytes for phase in self.phases)
 
 
-@dataclass(frozen=True, slots=True)
-class StepShape:
+class StepShape(msgspec.Struct, frozen=True):
     """What of a step decides its cost. Lengths of the tuples: KV groups, in the order of the model's.
 
     ``reads``: positions whose keys and values are read, summed over spans. ``pairs``: (row, visible position) pairs,

@@ -24,6 +24,9 @@ class Span:
     """Whose next token the last row gives: the sequence's, all siblings' where their prompt ends here, or nobody's."""
 
 
+NO_MOVES = np.zeros((0, 2), np.int32)
+
+
 class _Tables:
     """Of each group and sequence the blocks that a step reads, as views: few are longer than in the step before."""
 
@@ -32,13 +35,19 @@ class _Tables:
         self._n_table = np.full(len(seqs), -1, np.int32)
         self.parts: list[list[I32]] = [list(seq_tables) for seq_tables in zip(*(s.tables for s in seqs), strict=True)]
 
-    def cut(self, n_table: I32) -> None:
-        """Each sequence's tables to its first ``n_table`` blocks."""
+    def cut(self, n_table: I32, *, same: bool = False) -> None:
+        """Each sequence's tables to its first ``n_table`` blocks. ``same``: of those that were cut before, none has been
+        replaced since."""
+        longer = np.flatnonzero(n_table != self._n_table).tolist()
+        if same and not longer:
+            return
         lengths = n_table.tolist()
-        for i in np.flatnonzero(n_table != self._n_table).tolist():
+        for i in longer:
             for part, table in zip(self.parts, self._seqs[i].tables, strict=True):
                 part[i] = table[: lengths[i]]
         self._n_table = n_table
+        self.start = _starts(n_table)
+        self.flat: list[I32] = [np.concatenate(part) for part in self.parts]
 
 
 class _Frame:
@@ -105,16 +114,30 @@ class Assembler:
             pos = start[frame.row_span] + frame.row_offset
             tok = np.concatenate([span.seq.tokens[span.start : span.start + span.n] for span in spans])
 
-        n_table = -(-end // size)
-        table_start = _starts(n_table)
-        frame.tables.cut(n_table)
+        frame.tables.cut(-(-end // size))
+        step_moves = [
+            np.array([(a, b) for g, a, b in moves if g == group], np.int32).reshape(-1, 2)
+            for group in range(self._n_groups)
+        ]
+        return self._fill(step_id, weights_version, tok, pos, end, step_moves)
+
+    def further(self, step_id: int, weights_version: int, tok_S: I32, pos_S: I32) -> Step:
+        """The step that follows the one that was made last: its spans, each one row long, a position further."""
+        tables, end = self._frame.tables, pos_S + 1
+        tables.cut(-(-end // self._frame.seqs[0].block_tokens), same=True)
+        return self._fill(step_id, weights_version, tok_S, pos_S, end, [NO_MOVES] * self._n_groups)
+
+    def _fill(self, step_id: int, weights_version: int, tok: I32, pos: I32, end: I32, moves: list[I32]) -> Step:
+        """The step of the frame's rows. ``end`` (S,): where each span ends."""
+        frame = self._frame
+        size = frame.seqs[0].block_tokens
+        table_start = frame.tables.start
         block, offset = np.divmod(pos, size)
         block += table_start[frame.row_span]
-        groups = []
-        for group in range(self._n_groups):
-            table = np.concatenate(frame.tables.parts[group])
-            step_moves = np.array([(a, b) for g, a, b in moves if g == group], np.int32).reshape(-1, 2)
-            groups.append(GroupStep(table[block] * size + offset, table_start, table, step_moves))
+        groups = tuple(
+            GroupStep(table[block] * size + offset, table_start, table, group_moves)
+            for table, group_moves in zip(frame.tables.flat, moves, strict=True)
+        )
         return Step(
             id=step_id,
             model=self._model,
@@ -127,7 +150,7 @@ class Assembler:
             tok=tok,
             pos=pos,
             parent=frame.parent,
-            groups=tuple(groups),
+            groups=groups,
             out_row=frame.out_row,
             out_seq=frame.out_seq,
             # Whoever samples has all its tokens in this step, so its outputs end where its rows do.

@@ -79,6 +79,7 @@ class Stretch:
         self.n_left = n_left
         self.n_done = 0
         self._scheduler, self._windows = scheduler, windows
+        scheduler.leave_lane()
         self._size = size = scheduler.config.block_tokens
         self._computed = np.fromiter((seq.n_computed for seq in self.seqs), np.int64, len(self.seqs))
         self._total, self._most = int(self._computed.sum()), int(self._computed.max())

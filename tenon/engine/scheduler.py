@@ -19,6 +19,7 @@ from tenon.base.errors import ContextTooLong, IntegrityError, Overloaded, Reques
 from tenon.engine.assemble import Assembler, Span
 from tenon.engine.blocks import BlockPool, root_digest
 from tenon.engine.config import EngineConfig
+from tenon.engine.lane import Lane
 from tenon.engine.messages import Accepted, Add, Delta
 from tenon.engine.policies.evict import POLICIES
 from tenon.engine.sequence import Request, Seq, State
@@ -73,6 +74,7 @@ class Scheduler:
         self._next_seq = 0
         self._spans: list[Span] = []
         self._moves: list[tuple[int, int, int]] = []
+        self._lane: Lane | None = None
         self._assembler = Assembler(model, len(groups))
 
     # -- requests come and go ------------------------------------------------------------------------------
@@ -145,6 +147,16 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, or None when there is nothing to compute. Blocks are reserved for all its rows."""
+        lane = self._lane
+        if lane is not None and lane.reserve(self.pools):
+            self._spans, self._moves = lane.spans, []
+            if self.waiting:
+                self._spans = list(lane.spans)
+                self._admit(self.config.max_step_tokens - len(lane.spans))
+            self.counters.steps += 1
+            if self._lane is lane:
+                return self._assembler.further(self.counters.steps, self.weights_version, lane.tok_S, lane.start_S)
+            return self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
         budget, size = self.config.max_step_tokens, self.config.block_tokens
         self._spans, self._moves = [], []
         n_preempted = self.counters.preemptions
@@ -172,8 +184,13 @@ class Scheduler:
             if self.has_work:
                 raise IntegrityError("there is work, but no span could be scheduled")
             return None
+        self._lane = None if self._moves else Lane.open(self._spans, len(self.running))
         self.counters.steps += 1
         return self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
+
+    def leave_lane(self) -> None:
+        """What runs has changed, or is taken further by somebody else: the next step is looked for anew."""
+        self._lane = None
 
     def _admit(self, budget: int) -> None:
         while self.waiting and budget > 0:
@@ -212,6 +229,7 @@ class Scheduler:
         seq.n_computed = seq.n_published * self.config.block_tokens
         seq.pinned = seq.n_preempted >= self.config.max_preemptions
         seq.state = RUNNING
+        self.leave_lane()
         self.running.append(seq)
         self.running.sort(key=lambda s: (s.request.order, s.index))
         if seq.n_preempted == 0:
@@ -280,6 +298,7 @@ class Scheduler:
         return None
 
     def _preempt(self, seq: Seq) -> None:
+        self.leave_lane()
         self._release(seq)
         self.running.remove(seq)
         seq.state = State.WAITING
@@ -293,8 +312,11 @@ class Scheduler:
 
     def commit(self, step: Step, result: StepResult) -> list[Delta]:
         """Take over the step's samples. Sequences aborted since then are passed over."""
-        deltas: list[Delta] = []
         failed, ids, size = result.errors, result.ids.tolist(), self.config.block_tokens
+        if self._lane is not None and not failed:
+            return self._commit_lane(self._lane, ids, result)
+        self.leave_lane()
+        deltas: list[Delta] = []
         row = n_new = 0
         for span in self._spans:
             seq, targets = span.seq, span.targets
@@ -313,6 +335,20 @@ class Scheduler:
                 row += 1
             n_new += len(targets)
         self.counters.output_tokens += n_new
+        self._spans = []
+        return deltas
+
+    def _commit_lane(self, lane: Lane, ids: list[int], result: StepResult) -> list[Delta]:
+        """``commit`` where every running sequence had one row and nobody left since."""
+        deltas: list[Delta] = []
+        size = self.config.block_tokens
+        lane.tok_S = result.ids.astype(np.int32)
+        for row, (seq, token) in enumerate(zip(lane.seqs, ids, strict=True)):
+            n_tokens = seq.n_computed = seq.n_tokens
+            if n_tokens >= (seq.n_published + 1) * size:
+                self._publish(seq)
+            deltas.append(self._append(seq, token, row, result))
+        self.counters.output_tokens += len(ids)
         self._spans = []
         return deltas
 
@@ -389,6 +425,7 @@ class Scheduler:
 
     def _leave(self, seq: Seq) -> None:
         if seq.state is RUNNING:
+            self.leave_lane()
             self._release(seq)
             self.running.remove(seq)
         elif seq in self.waiting:
