@@ -1,4 +1,4 @@
-"""The next step when it is the one before, one position further: every running sequence decodes, and nobody comes or goes.
+"""The next step when it is the one before, one position further: all that run decode, and nobody comes or goes.
 
 Most steps of a busy engine are of this kind. For them a :class:`Lane` takes the place of the scheduler's walk over its
 sequences: it reserves the same blocks in the same order, and gives the same step. Whoever changes what runs drops it.
@@ -17,9 +17,22 @@ from tenon.engine.blocks import BlockPool
 from tenon.engine.sequence import Seq
 from tenon.engine.step import I32
 
+Member = tuple[Seq, I32, frozenset[int], int, str, int, int]
+"""A sequence, its tokens, what stops it, the number of tokens from which on somebody has to look closer, its request's
+id, its index there, and how many tokens were found in the cache."""
+
+
+def _member(seq: Seq) -> Member:
+    add = seq.request.add
+    last = 0 if add.n_logprobs >= 0 else seq.n_prompt + add.max_tokens
+    return seq, seq.tokens, seq.request.stop_ids, last, add.request_id, seq.index, seq.request.cached_tokens
+
 
 class Lane:
-    """Sequences that have each computed one row, and sample from it. ``spans`` are those of the latest step."""
+    """Sequences that have each computed one row, and sample from it.
+
+    ``spans`` begin as those of the step before; ``settle`` brings them up to date, for whoever asks, which is seldom.
+    """
 
     def __init__(self, spans: list[Span]) -> None:
         self.spans = spans
@@ -30,6 +43,8 @@ class Lane:
         """What was sampled last: the next step's tokens. Whoever takes over a step's result puts it here."""
         self._room_S = np.array([seq.n_blocks * size for seq in self.seqs], np.int32)
         self._size = size
+        self.members = [_member(seq) for seq in self.seqs]
+        """Of each sequence what taking over a token needs to know, and does not change."""
 
     @staticmethod
     def open(spans: list[Span], n_running: int) -> Lane | None:
@@ -43,7 +58,7 @@ class Lane:
         return Lane(spans)
 
     def reserve(self, pools: Sequence[BlockPool]) -> bool:
-        """Go one position further and take the blocks for it; False, and nothing has changed, where they are not there."""
+        """Go one position further and take the blocks for it; False where there are too few, and nothing has changed."""
         start_S = self.start_S + 1
         full = np.flatnonzero(start_S == self._room_S).tolist()
         if full:
@@ -56,6 +71,13 @@ class Lane:
                 seq.n_blocks += 1
             self._room_S[full] += self._size
         self.start_S = start_S
-        for span in self.spans:
-            span.start += 1
         return True
+
+    def full(self) -> set[int]:
+        """Whose latest row was the last of its block."""
+        return set(np.flatnonzero((self.start_S + 1) % self._size == 0).tolist())
+
+    def settle(self) -> None:
+        """Tell the spans where they have come to. The lane is over."""
+        for span, start in zip(self.spans, self.start_S.tolist(), strict=True):
+            span.start = start

@@ -157,6 +157,7 @@ class Scheduler:
             if self._lane is lane:
                 return self._assembler.further(self.counters.steps, self.weights_version, lane.tok_S, lane.start_S)
             return self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
+        self.leave_lane()
         budget, size = self.config.max_step_tokens, self.config.block_tokens
         self._spans, self._moves = [], []
         n_preempted = self.counters.preemptions
@@ -190,7 +191,9 @@ class Scheduler:
 
     def leave_lane(self) -> None:
         """What runs has changed, or is taken further by somebody else: the next step is looked for anew."""
-        self._lane = None
+        if self._lane is not None:
+            self._lane.settle()
+            self._lane = None
 
     def _admit(self, budget: int) -> None:
         while self.waiting and budget > 0:
@@ -341,13 +344,19 @@ class Scheduler:
     def _commit_lane(self, lane: Lane, ids: list[int], result: StepResult) -> list[Delta]:
         """``commit`` where every running sequence had one row and nobody left since."""
         deltas: list[Delta] = []
-        size = self.config.block_tokens
         lane.tok_S = result.ids.astype(np.int32)
-        for row, (seq, token) in enumerate(zip(lane.seqs, ids, strict=True)):
+        full = lane.full()
+        for row, (member, token) in enumerate(zip(lane.members, ids, strict=True)):
+            seq, tokens, stop_ids, last, request_id, index, cached_tokens = member
             n_tokens = seq.n_computed = seq.n_tokens
-            if n_tokens >= (seq.n_published + 1) * size:
+            if row in full:
                 self._publish(seq)
-            deltas.append(self._append(seq, token, row, result))
+            if token in stop_ids or n_tokens + 1 >= last:
+                deltas.append(self._append(seq, token, row, result))
+                continue
+            tokens[n_tokens] = token
+            seq.n_tokens = n_tokens + 1
+            deltas.append(Delta(request_id, index, (token,), None, None, (), (), cached_tokens))
         self.counters.output_tokens += len(ids)
         self._spans = []
         return deltas
