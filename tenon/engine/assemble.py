@@ -36,8 +36,8 @@ class _Tables:
         self.parts: list[list[I32]] = [list(seq_tables) for seq_tables in zip(*(s.tables for s in seqs), strict=True)]
 
     def cut(self, n_table: I32, *, same: bool = False) -> None:
-        """Each sequence's tables to its first ``n_table`` blocks. ``same``: of the blocks that were cut before, none has
-        been replaced since."""
+        """Each sequence's tables to its first ``n_table`` blocks. ``same``: none of those that were cut before has been
+        replaced since."""
         longer = np.flatnonzero(n_table != self._n_table).tolist()
         if same and not longer:
             return

@@ -58,7 +58,7 @@ class Lane:
         return Lane(spans)
 
     def reserve(self, pools: Sequence[BlockPool]) -> bool:
-        """Go one position further and take the blocks for it; False where there are too few, and nothing has changed."""
+        """Go one position further and take the blocks for it; False, and nothing has changed, if there are too few."""
         start_S = self.start_S + 1
         full = np.flatnonzero(start_S == self._room_S).tolist()
         if full:
