@@ -1,11 +1,11 @@
 // The body of paged attention, included once per storage type with SCALAR, ROW, GROUP, DOT, TAKE, STORE, LOAD_ROW,
 // STORE_ROW, TO_ROW, TO_F, NAME(x) defined; ROW is the type in which queries and probabilities meet keys and values.
 //
-// Cache layout: K [G, block, D / GROUP, B, GROUP] (positions of a channel, or of a pair of them, lie side by side: a dot
-// product over channels needs no shuffles), V [G, block, B / GROUP, D, GROUP]; heads outermost, so that blocks allocated in
-// a row are read in a row. Probabilities are rounded to ROW, and summed as rounded. Online softmax runs over tiles of 64
-// absolute positions from the first visible one upwards, in parts of LANES: a row's bits depend neither on its neighbours
-// nor on how the context was cut into chunks.
+// Cache layout: K [G, block, D / GROUP, B, GROUP] (positions of a channel, or of a pair of them, lie side by side: a
+// dot product over channels needs no shuffles), V [G, block, B / GROUP, D, GROUP]; heads outermost, so that blocks
+// allocated in a row are read in a row. Probabilities are rounded to ROW, and summed as rounded. Online softmax runs
+// over tiles of 64 absolute positions from the first visible one upwards, in parts of LANES: a row's bits depend
+// neither on its neighbours nor on how the context was cut into chunks.
 // Each K and V byte of a tile is read from memory once for all rows and heads of an item.
 
 static void NAME(write_kv)(const attend_step *a, int64_t row, const SCALAR *k, const SCALAR *v, SCALAR *kc, SCALAR *vc) {
@@ -21,9 +21,9 @@ static void NAME(write_kv)(const attend_step *a, int64_t row, const SCALAR *k, c
 }
 
 // Where K and V of LANES positions from `first` lie: in one block, or gathered into ks [D / GROUP][LANES][GROUP] and
-// vs [LANES / GROUP][D][GROUP] where some are a tree's. K's channels are `stride` positions apart. The next tile's are asked
-// for while this one's are multiplied, line by line: blocks lie scattered, so the hardware's prefetcher cannot guess the
-// next one, and asking for many lines at once stalls the core until they are there.
+// vs [LANES / GROUP][D][GROUP] where some are a tree's. K's channels are `stride` positions apart. The next tile's are
+// asked for while this one's are multiplied, line by line: blocks lie scattered, so the hardware's prefetcher cannot
+// guess the next one, and asking for many lines at once stalls the core until they are there.
 typedef struct {
     const SCALAR *k, *v, *next_k, *next_v;
     int64_t stride;
@@ -63,8 +63,8 @@ static NAME(part) NAME(find_part)(
 #define NEXT_AT(p) next##p + d * stride##p
 #define ROW_AT(r) q + r * D + d
 #define SCORES(N, P)                                                                                          \
-    static void NAME(scores_##N##_##P)(const ROW *q, const NAME(part) *parts, float *flat, int64_t D) {    \
-        KEYS_##P EACH_##N(SUMS_##P) for (int64_t d = 0; d < D; d += GROUP) {                                        \
+    static void NAME(scores_##N##_##P)(const ROW *q, const NAME(part) *parts, float *flat, int64_t D) {       \
+        KEYS_##P EACH_##N(SUMS_##P) for (int64_t d = 0; d < D; d += GROUP) {                                  \
             ASKS_##P WEIGHTS_##P EACH_##N(ADDS_##P)                                                           \
         }                                                                                                     \
         EACH_##N(KEEP_##P)                                                                                    \
@@ -204,7 +204,8 @@ static void NAME(item)(
             l[i] += sum_v(sum);
         }
         for (int64_t i = 0; i < Q; i += 4)
-            NAME(values)(Q - i < 4 ? Q - i : 4, acc + i * D, prob + i * TILE, parts, skip, end, n < LANES ? n : LANES, D);
+            NAME(values)(
+                Q - i < 4 ? Q - i : 4, acc + i * D, prob + i * TILE, parts, skip, end, n < LANES ? n : LANES, D);
     }
     for (int64_t i = 0; i < Q; i++) {
         SCALAR *dst = out + ((r0 + i / rep) * H + g * rep + i % rep) * D;
@@ -222,7 +223,8 @@ int NAME(tenon_attend)(
     for (int64_t i = 0; i < a->n_items; i++)
         if (a->item_n[i] > rows) rows = a->item_n[i];
     const int64_t Q = rows * rep;
-    const size_t bytes = (Q * D + Q * (TILE + 2)) * sizeof(float) + Q * (D + TILE) * sizeof(ROW) + 2 * TILE * D * sizeof(SCALAR);
+    const size_t of_queries = Q * (D + TILE + 2) * sizeof(float) + Q * (D + TILE) * sizeof(ROW);
+    const size_t bytes = of_queries + 2 * TILE * D * sizeof(SCALAR);
     int failed = 0;
 #pragma omp parallel
     {

@@ -1,9 +1,9 @@
-// y = x W^T + bias, included once per storage type with SCALAR, ROW, GROUP, DOT, TAKE, LOAD, STORE, TO_F, FROM_F, TO_ROW,
-// NAME(x) defined; ROW is the type that a row of x has where it meets weights.
+// y = x W^T + bias, included once per storage type with SCALAR, ROW, GROUP, DOT, TAKE, LOAD, STORE, TO_F, FROM_F,
+// TO_ROW, NAME(x) defined; ROW is the type that a row of x has where it meets weights.
 //
 // Packed weights are panels of LANES outputs, [ceil(N / LANES)][K / GROUP][LANES][GROUP], zeros past N. A panel is read
-// from memory once for all rows of x, in chunks of up to MOST_ROWS whose sums stay in registers. Each output is one lane's
-// sum over channels in order, whatever is computed beside it: a row's bits depend on the row alone.
+// from memory once for all rows of x, in chunks of up to MOST_ROWS whose sums stay in registers. Each output is one
+// lane's sum over channels in order, whatever is computed beside it: a row's bits depend on the row alone.
 
 // Adds the bias to R x P * LANES sums and stores the first n columns.
 static __attribute__((noinline)) void NAME(finish)(

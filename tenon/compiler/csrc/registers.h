@@ -1,5 +1,5 @@
 // Blocks of sums that stay in registers: rows r against panels p, in named variables, since compilers do not keep arrays
-// of this size in registers. The includer defines WEIGHT_AT(p), the next lanes of panel p, and ROW_AT(r), the element (or
+// of this size in registers. The includer defines WEIGHT_AT(p), the next lanes of panel p, ROW_AT(r), the element (or
 // pair) of row r that meets them, TAKE(p), the lanes at p, and DOT(sum, row, lanes).
 //
 // Where the processor has dot products of bf16 pairs, bf16 is stored in pairs and rows meet them as stored: GROUP is 2.
