@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tenon.base.errors import ConfigError
+from tenon.engine.policies.evict import POLICIES
 
 BLOCK_TOKENS = (16, 32, 64, 128)
 
@@ -24,6 +25,8 @@ class EngineConfig:
     step, shared by decodes and prefill chunks. ``max_preemptions``: after so many a sequence comes back only
     with all blocks it can ever need, and keeps them. ``numerics``: "invariant" promises that a row's bits do not
     depend on what else is in the step, and is refused where that cannot be kept; "fast" takes what there is.
+    ``reuse``: which resident blocks of a context a request takes over: all of them, beyond holes too, or the leading
+    ones only, as most engines do.
     """
 
     model: str = "embedded"
@@ -39,6 +42,7 @@ class EngineConfig:
     max_waiting: int = 1024
     max_preemptions: int = 3
     prefix_cache: bool = True
+    reuse: Literal["blocks", "prefix"] = "blocks"
     evict: str = "lru"
     threads: int | None = None
     weights_seed: int | None = None
@@ -53,7 +57,8 @@ class EngineConfig:
         require(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype", "auto, float32, bfloat16 or float16")
         require(self.numerics in ("fast", "invariant"), "numerics", "'fast' or 'invariant'")
         require(self.block_tokens in BLOCK_TOKENS, "block_tokens", f"one of {BLOCK_TOKENS}")
-        require(self.evict == "lru", "evict", "'lru'")
+        require(self.reuse in ("blocks", "prefix"), "reuse", "'blocks' or 'prefix'")
+        require(self.evict in POLICIES, "evict", f"one of {', '.join(map(repr, POLICIES))}")
         for name in ("max_step_tokens", "max_sequences"):
             require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_waiting", "max_preemptions"):

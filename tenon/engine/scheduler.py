@@ -38,6 +38,8 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    holes: int = 0
+    """Of requests as they came in: runs that had to be computed although what comes after them was resident."""
     preemptions: int = 0
     started: int = 0
     finished: dict[str, int] = field(default_factory=dict)
@@ -170,6 +172,9 @@ class Scheduler:
                 break
             if seq.state is not RUNNING:
                 continue
+            if seq.ahead:  # its blocks were taken when it came in
+                budget -= self._span_runs(seq, budget)
+                continue
             start, n = seq.n_computed, seq.n_tokens - seq.n_computed
             targets = seq.heirs
             if n > budget:
@@ -203,9 +208,15 @@ class Scheduler:
             if not self._enter(seq):
                 return
             self.waiting.pop(0)
-            n = min(seq.n_remaining, budget)
-            self._spans.append(Span(seq, seq.n_computed, n, NOBODY if n < seq.n_remaining else seq.heirs))
-            budget -= n
+            budget -= self._span_runs(seq, budget)
+
+    def _span_runs(self, seq: Seq, budget: int) -> int:
+        """Spans of what the sequence has to compute next, at most ``budget`` rows of it; returns how many they are."""
+        n_rows = 0
+        for start, n in seq.runs(budget):
+            self._spans.append(Span(seq, start, n, seq.heirs if start + n == seq.n_tokens else NOBODY))
+            n_rows += n
+        return n_rows
 
     @staticmethod
     def _n_slots(seq: Seq) -> int:
@@ -213,46 +224,53 @@ class Scheduler:
         return 1 if seq.request.forked else seq.request.add.n
 
     def _enter(self, seq: Seq) -> bool:
-        """Match the prefix, take blocks for all tokens known (or ever possible, if preempted often), start running."""
+        """Match what is resident, take blocks for all tokens known (or ever possible, if preempted often), run.
+
+        All that matches is held before anything is taken: taking evicts.
+        """
         cached = self._match(seq)
         last = len(seq.tokens) if seq.n_preempted >= self.config.max_preemptions else seq.n_tokens
         n_blocks = -(-last // self.config.block_tokens)
         # Matched idle blocks count as available until they are held.
-        for pool, blocks in zip(self.pools, cached, strict=True):
-            if n_blocks - sum(pool.ref[b] > 0 for b in blocks) > pool.n_available:
+        for group, pool in enumerate(self.pools):
+            if n_blocks - sum(pool.ref[blocks[group]] > 0 for blocks in cached.values()) > pool.n_available:
                 return False
-        for pool, table, blocks in zip(self.pools, seq.tables, cached, strict=True):
-            for i, block in enumerate(blocks):
-                pool.share(block)
-                table[i] = block
-            for i in range(len(blocks), n_blocks):
-                table[i] = pool.take()
+        for group, (pool, table) in enumerate(zip(self.pools, seq.tables, strict=True)):
+            for i, blocks in cached.items():
+                pool.share(blocks[group])
+                table[i] = blocks[group]
+            for i in range(n_blocks):
+                if i not in cached:
+                    table[i] = pool.take()
         seq.n_blocks = n_blocks
-        seq.n_published = len(cached[0])
-        seq.n_computed = seq.n_published * self.config.block_tokens
+        seq.ahead = _runs(cached, self.config.block_tokens)
+        seq.computed_to(0)
+        seq.n_published = seq.n_computed // self.config.block_tokens
         seq.pinned = seq.n_preempted >= self.config.max_preemptions
         seq.state = RUNNING
         self.leave_lane()
         self.running.append(seq)
         self.running.sort(key=lambda s: (s.request.order, s.index))
         if seq.n_preempted == 0:
-            seq.request.cached_tokens = seq.n_computed
+            seq.request.cached_tokens = len(cached) * self.config.block_tokens
             self.counters.prompt_tokens += seq.n_prompt
-            self.counters.cached_tokens += seq.n_computed
+            self.counters.cached_tokens += seq.request.cached_tokens
+            self.counters.holes += len(seq.ahead)
         return True
 
-    def _match(self, seq: Seq) -> list[list[int]]:
-        """Leading blocks resident in every group; the position whose logits are wanted counts as not resident."""
-        found: list[list[int]] = [[] for _ in self.pools]
+    def _match(self, seq: Seq) -> dict[int, list[int]]:
+        """By position, the blocks that are resident in every group, each looked up by its own key: a key stands for all
+        that comes before, resident or not. The position whose logits are wanted counts as not resident."""
+        found: dict[int, list[int]] = {}
         if not self.config.prefix_cache:
             return found
         for i in range((seq.n_tokens - 1) // self.config.block_tokens):
             digest, content = seq.key_and_content(i)
-            hits = [pool.lookup(digest, content) for pool in self.pools]
-            if any(hit is None for hit in hits):
+            hits = [hit for pool in self.pools if (hit := pool.lookup(digest, content)) is not None]
+            if len(hits) == len(self.pools):
+                found[i] = hits
+            elif self.config.reuse == "prefix":
                 break
-            for blocks, hit in zip(found, hits, strict=True):
-                blocks.append(hit)  # type: ignore[arg-type]
         return found
 
     def _reserve(self, seq: Seq, n_tokens: int) -> bool:
@@ -306,6 +324,7 @@ class Scheduler:
         self.running.remove(seq)
         seq.state = State.WAITING
         seq.n_computed = seq.n_published = 0
+        seq.ahead = []
         seq.n_preempted += 1
         self.counters.preemptions += 1
         self.waiting.append(seq)
@@ -328,7 +347,7 @@ class Scheduler:
                 if seq.state is RUNNING:
                     deltas.extend(self._fail(seq.request, failed[seq.id]))
                 continue
-            seq.n_computed = span.start + span.n
+            seq.computed_to(span.start + span.n)
             if seq.n_computed >= (seq.n_published + 1) * size:
                 self._publish(seq)
             if len(targets) > 1:
@@ -458,3 +477,14 @@ class Scheduler:
             raise IntegrityError("started requests are not those being served plus those finished")
         if len(np.unique([s.id for s in (*self.running, *self.waiting)])) != len(self.running) + len(self.waiting):
             raise IntegrityError("a sequence stands in the queues twice")
+
+
+def _runs(cached: Iterable[int], block_tokens: int) -> list[tuple[int, int]]:
+    """Position blocks, in order, as runs of positions [start, end)."""
+    runs: list[tuple[int, int]] = []
+    for i in cached:
+        start, end = i * block_tokens, (i + 1) * block_tokens
+        if runs and runs[-1][1] == start:
+            start = runs.pop()[0]
+        runs.append((start, end))
+    return runs

@@ -38,6 +38,8 @@ class Seq:
         self.n_prompt = self.n_tokens = len(request.add.prompt)
         self.tokens[: self.n_prompt] = request.add.prompt
         self.n_computed = 0
+        self.ahead: list[tuple[int, int]] = []
+        """Runs of positions [start, end) beyond ``n_computed`` that are resident already, in order."""
         self.block_tokens = block_tokens
         self.tables: list[I32] = [np.zeros(-(-room // block_tokens), np.int32) for _ in range(n_groups)]
         self.n_blocks = 0
@@ -55,9 +57,25 @@ class Seq:
     def n_output(self) -> int:
         return self.n_tokens - self.n_prompt
 
-    @property
-    def n_remaining(self) -> int:
-        return self.n_tokens - self.n_computed
+    def runs(self, budget: int) -> list[tuple[int, int]]:
+        """(start, n) of what is to be computed next, at most ``budget`` rows: holes in order, then the tail."""
+        found: list[tuple[int, int]] = []
+        at = self.n_computed
+        for start, end in (*self.ahead, (self.n_tokens, self.n_tokens)):
+            n = min(start - at, budget)
+            if n:
+                found.append((at, n))
+            budget -= n
+            if budget == 0:
+                break
+            at = end
+        return found
+
+    def computed_to(self, end: int) -> None:
+        """All positions below ``end`` are resident, and the run that begins there, if there is one."""
+        self.n_computed = end
+        while self.ahead and self.ahead[0][0] == self.n_computed:
+            self.n_computed = self.ahead.pop(0)[1]
 
     @property
     def is_decoding(self) -> bool:

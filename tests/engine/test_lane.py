@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,10 +29,11 @@ ADDS = st.lists(
 )
 CONFIGS = st.fixed_dictionaries(
     {
-        "n_blocks": st.integers(6, 20),
+        "n_blocks": st.integers(7, 20),
         "max_step_tokens": st.integers(2, 40),
         "max_sequences": st.integers(2, 8),
         "prefix_cache": st.booleans(),
+        "evict": st.sampled_from(["lru", "random"]),
     }
 )
 
@@ -64,7 +66,7 @@ def serve(made: Engine, asked: list[dict], *, lanes: bool) -> Iterator[tuple[byt
 
 @settings(max_examples=60, deadline=None)
 @given(asked=ADDS, config=CONFIGS)
-def test_lanes_change_nothing(asked: list[dict], config: dict[str, int]) -> None:
+def test_lanes_change_nothing(asked: list[dict], config: dict[str, Any]) -> None:
     one, other = (hash_engine(vocab_size=20, **config) for _ in range(2))
     assert list(serve(one, asked, lanes=True)) == list(serve(other, asked, lanes=False))
 

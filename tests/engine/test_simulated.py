@@ -102,7 +102,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 10**6), CONFIGS, st.sampled_from([0.0, 0.005, 0.1]), st.sampled_from([6, 80]))
 def test_fast_forward_changes_nothing(seed: int, config: dict[str, Any], gap_s: float, output: int) -> None:
     of = trace(14, seed, gap_s, output)

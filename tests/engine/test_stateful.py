@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -30,6 +32,8 @@ CONFIGS = st.fixed_dictionaries(
         "max_preemptions": st.integers(0, 3),
         "max_waiting": st.integers(2, 12),
         "prefix_cache": st.booleans(),
+        "reuse": st.sampled_from(["blocks", "prefix"]),
+        "evict": st.sampled_from(["lru", "random"]),
         "block_tokens": st.sampled_from([16, 32]),
     }
 )
@@ -43,8 +47,8 @@ class Serving(RuleBasedStateMachine):
     """Engine steps over all examples."""
 
     @initialize(config=CONFIGS)
-    def start(self, config: dict[str, int]) -> None:
-        self.engine = hash_engine(vocab_size=VOCAB, **config)  # type: ignore[arg-type]
+    def start(self, config: dict[str, Any]) -> None:
+        self.engine = hash_engine(vocab_size=VOCAB, **config)
         self.adds: dict[str, Add] = {}
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}

@@ -5,6 +5,7 @@ A policy sees blocks become idle and busy and names a victim. ``POLICIES`` maps 
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict
 from typing import Final, Protocol
 
@@ -48,4 +49,31 @@ class Lru:
         return len(self._idle)
 
 
-POLICIES: Final[dict[str, type[Evict]]] = {"lru": Lru}
+class Random:
+    """Any idle block, each as likely: what a policy has to beat, and the quickest way to holes. Seeded, O(1)."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(0)  # noqa: S311  nothing here is a secret
+        self._blocks: list[int] = []
+        self._place: dict[int, int] = {}
+
+    def idle(self, block: int) -> None:
+        self._place[block] = len(self._blocks)
+        self._blocks.append(block)
+
+    def busy(self, block: int) -> None:
+        place, last = self._place.pop(block), self._blocks.pop()
+        if last != block:
+            self._blocks[place] = last
+            self._place[last] = place
+
+    def victim(self) -> int:
+        if not self._blocks:
+            raise LookupError("no idle block")
+        return self._random.choice(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+
+POLICIES: Final[dict[str, type[Evict]]] = {"lru": Lru, "random": Random}
