@@ -56,6 +56,8 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._digest: list[bytes | None] = [None] * n_blocks
         self._tokens: list[bytes] = [b""] * n_blocks
+        self.n_stored = 0
+        """Blocks ever published: what is not resident now can become so only by another of these."""
         self.stored: deque[bytes] = deque(maxlen=MAX_EVENTS)
         self.evicted: deque[bytes] = deque(maxlen=MAX_EVENTS)
 
@@ -107,6 +109,11 @@ class BlockPool:
             self._digest[block] = digest
             self._tokens[block] = tokens
             self.stored.append(digest)
+            self.n_stored += 1
+
+    def knows(self, digest: bytes) -> bool:
+        """Whether a block is resident under this key; whether it is the right one, ``lookup`` says."""
+        return digest in self._block_of
 
     def lookup(self, digest: bytes, tokens: bytes) -> int | None:
         """The resident block of this key and these tokens, not yet held for the caller."""

@@ -228,9 +228,15 @@ class Scheduler:
 
         All that matches is held before anything is taken: taking evicts.
         """
-        cached = self._match(seq)
         last = len(seq.tokens) if seq.n_preempted >= self.config.max_preemptions else seq.n_tokens
         n_blocks = -(-last // self.config.block_tokens)
+        if seq.looked_up is not None:
+            n_hits, n_stored = seq.looked_up
+            n_hits += self._n_stored() - n_stored  # all that was published since may be a hit
+            if n_blocks - n_hits > min(pool.n_available for pool in self.pools):
+                return False
+        cached = self._match(seq)
+        seq.looked_up = len(cached), self._n_stored()
         # Matched idle blocks count as available until they are held.
         for group, pool in enumerate(self.pools):
             if n_blocks - sum(pool.ref[blocks[group]] > 0 for blocks in cached.values()) > pool.n_available:
@@ -258,6 +264,9 @@ class Scheduler:
             self.counters.holes += len(seq.ahead)
         return True
 
+    def _n_stored(self) -> int:
+        return sum(pool.n_stored for pool in self.pools)
+
     def _match(self, seq: Seq) -> dict[int, list[int]]:
         """By position, the blocks that are resident in every group, each looked up by its own key: a key stands for all
         that comes before, resident or not. The position whose logits are wanted counts as not resident."""
@@ -265,11 +274,14 @@ class Scheduler:
         if not self.config.prefix_cache:
             return found
         for i in range((seq.n_tokens - 1) // self.config.block_tokens):
-            digest, content = seq.key_and_content(i)
-            hits = [hit for pool in self.pools if (hit := pool.lookup(digest, content)) is not None]
-            if len(hits) == len(self.pools):
-                found[i] = hits
-            elif self.config.reuse == "prefix":
+            digest = seq.digest(i)
+            if all(pool.knows(digest) for pool in self.pools):
+                content = seq.block_content(i)
+                hits = [hit for pool in self.pools if (hit := pool.lookup(digest, content)) is not None]
+                if len(hits) == len(self.pools):
+                    found[i] = hits
+                    continue
+            if self.config.reuse == "prefix":
                 break
         return found
 
@@ -324,7 +336,7 @@ class Scheduler:
         self.running.remove(seq)
         seq.state = State.WAITING
         seq.n_computed = seq.n_published = 0
-        seq.ahead = []
+        seq.ahead, seq.looked_up = [], None
         seq.n_preempted += 1
         self.counters.preemptions += 1
         self.waiting.append(seq)

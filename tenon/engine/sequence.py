@@ -40,6 +40,8 @@ class Seq:
         self.n_computed = 0
         self.ahead: list[tuple[int, int]] = []
         """Runs of positions [start, end) beyond ``n_computed`` that are resident already, in order."""
+        self.looked_up: tuple[int, int] | None = None
+        """While it waits in vain: resident blocks when it was last looked up, and blocks ever published by then."""
         self.block_tokens = block_tokens
         self.tables: list[I32] = [np.zeros(-(-room // block_tokens), np.int32) for _ in range(n_groups)]
         self.n_blocks = 0
