@@ -22,6 +22,7 @@ from tenon.engine.config import EngineConfig
 from tenon.engine.lane import Lane
 from tenon.engine.messages import Accepted, Add, Delta
 from tenon.engine.policies.evict import POLICIES
+from tenon.engine.reuse import resident, runs_of
 from tenon.engine.sequence import Request, Seq, State
 from tenon.engine.step import Step, StepResult
 from tenon.models.spec import KVGroup
@@ -235,7 +236,8 @@ class Scheduler:
             n_hits += self._n_stored() - n_stored  # all that was published since may be a hit
             if n_blocks - n_hits > min(pool.n_available for pool in self.pools):
                 return False
-        cached = self._match(seq)
+        config = self.config
+        cached = resident(seq, self.pools, gaps=config.reuse == "blocks") if config.prefix_cache else {}
         seq.looked_up = len(cached), self._n_stored()
         # Matched idle blocks count as available until they are held.
         for group, pool in enumerate(self.pools):
@@ -249,7 +251,7 @@ class Scheduler:
                 if i not in cached:
                     table[i] = pool.take()
         seq.n_blocks = n_blocks
-        seq.ahead = _runs(cached, self.config.block_tokens)
+        seq.ahead = runs_of(cached, config.block_tokens)
         seq.computed_to(0)
         seq.n_published = seq.n_computed // self.config.block_tokens
         seq.pinned = seq.n_preempted >= self.config.max_preemptions
@@ -266,24 +268,6 @@ class Scheduler:
 
     def _n_stored(self) -> int:
         return sum(pool.n_stored for pool in self.pools)
-
-    def _match(self, seq: Seq) -> dict[int, list[int]]:
-        """By position, the blocks that are resident in every group, each looked up by its own key: a key stands for all
-        that comes before, resident or not. The position whose logits are wanted counts as not resident."""
-        found: dict[int, list[int]] = {}
-        if not self.config.prefix_cache:
-            return found
-        for i in range((seq.n_tokens - 1) // self.config.block_tokens):
-            digest = seq.digest(i)
-            if all(pool.knows(digest) for pool in self.pools):
-                content = seq.block_content(i)
-                hits = [hit for pool in self.pools if (hit := pool.lookup(digest, content)) is not None]
-                if len(hits) == len(self.pools):
-                    found[i] = hits
-                    continue
-            if self.config.reuse == "prefix":
-                break
-        return found
 
     def _reserve(self, seq: Seq, n_tokens: int) -> bool:
         """Blocks for positions up to ``n_tokens``, the one written next private; preempts later arrivals for it."""
@@ -489,14 +473,3 @@ class Scheduler:
             raise IntegrityError("started requests are not those being served plus those finished")
         if len(np.unique([s.id for s in (*self.running, *self.waiting)])) != len(self.running) + len(self.waiting):
             raise IntegrityError("a sequence stands in the queues twice")
-
-
-def _runs(cached: Iterable[int], block_tokens: int) -> list[tuple[int, int]]:
-    """Position blocks, in order, as runs of positions [start, end)."""
-    runs: list[tuple[int, int]] = []
-    for i in cached:
-        start, end = i * block_tokens, (i + 1) * block_tokens
-        if runs and runs[-1][1] == start:
-            start = runs.pop()[0]
-        runs.append((start, end))
-    return runs

@@ -1,0 +1,40 @@
+"""What of a context is resident already: every block by its own key, beyond holes too (AsymCache, arXiv 2606.02964).
+
+A key is chained over all tokens before its block, so it stands for them whether they are resident or not: a block that
+is found is right wherever it is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tenon.engine.blocks import BlockPool
+from tenon.engine.sequence import Seq
+
+
+def resident(seq: Seq, pools: Sequence[BlockPool], *, gaps: bool) -> dict[int, list[int]]:
+    """By position block, in order, the blocks of each group where all groups have one; without ``gaps`` up to the first
+    miss. The position whose logits are wanted counts as not resident. Nothing is held for the caller yet."""
+    found: dict[int, list[int]] = {}
+    for i in range((seq.n_tokens - 1) // seq.block_tokens):
+        digest = seq.digest(i)
+        if all(pool.knows(digest) for pool in pools):
+            content = seq.block_content(i)
+            hits = [hit for pool in pools if (hit := pool.lookup(digest, content)) is not None]
+            if len(hits) == len(pools):
+                found[i] = hits
+                continue
+        if not gaps:
+            break
+    return found
+
+
+def runs_of(blocks: Iterable[int], block_tokens: int) -> list[tuple[int, int]]:
+    """Position blocks, in order, as runs of positions [start, end)."""
+    runs: list[tuple[int, int]] = []
+    for i in blocks:
+        start, end = i * block_tokens, (i + 1) * block_tokens
+        if runs and runs[-1][1] == start:
+            start = runs.pop()[0]
+        runs.append((start, end))
+    return runs
