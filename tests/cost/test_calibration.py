@@ -93,7 +93,8 @@ def test_one_wild_time_does_not_move_the_rest() -> None:
 
 def test_the_same_times_give_the_same_fit(found: calibration.Calibration) -> None:
     again = calibration.calibrate(measured(), clock=ManualClock(epoch_s=1e9))
-    assert msgspec.json.encode(again) == msgspec.json.encode(found)
+    same = ("version", "created", "measured", "fitted", "error")  # the machine's load is another every few seconds
+    assert [getattr(again, name) for name in same] == [getattr(found, name) for name in same]
 
 
 def test_a_calibration_is_read_back(tmp_path: Path, found: calibration.Calibration) -> None:
