@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tenon.base.errors import ConfigError
 from tenon.engine.policies.evict import POLICIES
 
-BLOCK_TOKENS = (16, 32, 64, 128)
+BLOCK_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tenon.base import philox
-from tenon.base.errors import IntegrityError
+from tenon.base.errors import ConfigError, IntegrityError
 from tenon.engine.executors import native
 from tenon.engine.executors.attention import MAX_DEPTH, NativeAttention, TorchAttention, roots
 from tenon.engine.executors.linear import PackedLinear
@@ -65,6 +65,10 @@ SHAPES = [
     Shape(14, 2, 64, 1),
     Shape(9, 3, 64, 16, 128),
     Shape(2, 1, 256),
+    Shape(6, 3, 64, None, 1),
+    Shape(4, 1, 32, 13, 2),
+    Shape(4, 4, 64, 40, 4),
+    Shape(5, 1, 96, None, 8),
 ]
 
 
@@ -120,6 +124,25 @@ def test_attention_equals_gathered_attention(shape: Shape, dtype: torch.dtype) -
         assert native.load().attend[dtype](ctypes.addressof(ours.plans), D**-0.5, *places) == 0
         right = plain.attend(q.double(), k.double(), v.double(), 0, D**-0.5, shape.window or 0)
         assert error(found, right) <= 2 * CLOSE[dtype], i
+
+
+class Paired(native.Native):
+    """What it is on processors that multiply bf16 in pairs."""
+
+    def __init__(self) -> None:
+        self.group = {BF16: 2}
+
+
+@pytest.mark.parametrize(("size", "taken"), [(1, False), (2, True), (16, True)])
+def test_blocks_that_split_a_pair_are_refused(size: int, taken: bool) -> None:
+    spec = ModelSpec("llama", 10, 64, 1, 2, 1, 32, 8, 512)
+    attention = NativeAttention(spec, BF16, Paired())
+    if taken:
+        attention.allocate(spec.kv_groups("m", size, 2), 3)
+        assert attention.layers[0].v.shape == (1, 3, size // 2, 32, 2)
+    else:
+        with pytest.raises(ConfigError, match=r"block_tokens of 1 .* multiple of 2"):
+            attention.allocate(spec.kv_groups("m", size, 2), 3)
 
 
 class NativeMaths:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tenon.engine.config import BLOCK_TOKENS
 from tenon.engine.messages import Add
 from tests.engine.build import Lab, Labs, Served, ids
 from tests.models import zoo
@@ -108,9 +109,9 @@ def test_every_chunk_size(name: str, lab: Labs) -> None:
         assert served.errors(it).max() <= tolerance(it, served), size
 
 
-@pytest.mark.parametrize("block_tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_tokens", BLOCK_TOKENS)
 def test_every_block_size_and_long_chunks(block_tokens: int, lab: Labs) -> None:
     it, rng = lab("qwen2-window"), np.random.default_rng(3)
     adds = [Add(f"r{n}", ids(rng, n), 3, 0, temperature=0.0) for n in (100, 130, 64, 200)]
-    served = it.serve(adds, n_blocks=40, block_tokens=block_tokens, max_step_tokens=150)
+    served = it.serve(adds, n_blocks=max(40, 640 // block_tokens), block_tokens=block_tokens, max_step_tokens=150)
     assert served.errors(it).max() <= tolerance(it, served)

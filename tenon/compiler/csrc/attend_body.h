@@ -21,9 +21,10 @@ static void NAME(write_kv)(const attend_step *a, int64_t row, const SCALAR *k, c
 }
 
 // Where K and V of LANES positions from `first` lie: in one block, or gathered into ks [D / GROUP][LANES][GROUP] and
-// vs [LANES / GROUP][D][GROUP] where some are a tree's. K's channels are `stride` positions apart. The next tile's are
-// asked for while this one's are multiplied, line by line: blocks lie scattered, so the hardware's prefetcher cannot
-// guess the next one, and asking for many lines at once stalls the core until they are there.
+// vs [LANES / GROUP][D][GROUP] where some are a tree's or blocks are smaller than that; what is multiplied and summed in
+// which order is the same. K's channels are `stride` positions apart. The next tile's are asked for while this one's are
+// multiplied, line by line: blocks lie scattered, so the hardware's prefetcher cannot guess the next one, and asking for
+// many lines at once stalls the core until they are there.
 typedef struct {
     const SCALAR *k, *v, *next_k, *next_v;
     int64_t stride;
@@ -34,7 +35,7 @@ static NAME(part) NAME(find_part)(
     int64_t g, const SCALAR *kc, const SCALAR *vc, SCALAR *ks, SCALAR *vs) {
     const int64_t N = a->n_blocks, B = a->block_tokens, D = a->head_dim;
     const int64_t n = last - first + 1 < LANES ? last - first + 1 : LANES;
-    if (first + n - 1 <= base) {
+    if (first + n - 1 <= base && B >= LANES) {
         const int64_t next = first + TILE <= base ? first + TILE : first;
         const int64_t block = g * N + table[first / B], off = first % B;
         const int64_t next_block = g * N + table[next / B], next_off = next % B;

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tenon.base.errors import IntegrityError
+from tenon.base.errors import ConfigError, IntegrityError
 from tenon.engine.executors.memory import zeros
 from tenon.engine.executors.native import AttendStep, Native
 from tenon.engine.step import I32, GroupStep, Step
@@ -178,10 +178,16 @@ class NativeAttention:
         self._spec, self._dtype, self._group = spec, dtype, native.group[dtype]
 
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
-        """Zeroed cache memory. Raises ``ResourceError``."""
+        """Zeroed cache memory. Raises ``ResourceError``, and ``ConfigError`` where blocks would split a group of P."""
         size = self._size = groups[0].block_tokens
         G, D = self._spec.n_kv_heads, self._spec.head_dim
         P = self._group
+        if size % P:
+            raise ConfigError(
+                f"block_tokens of {size} is not served in {str(self._dtype).removeprefix('torch.')} on this processor, "
+                f"which takes positions in groups of {P}; use a multiple of {P}, or dtype 'float32'",
+                subject="block_tokens",
+            )
         shapes = ((G, n_blocks, D // P, size, P), (G, n_blocks, size // P, D, P))
         self._n_blocks = n_blocks
         self.layers = _allocate(groups, shapes, torch.empty(0, dtype=self._dtype))
