@@ -54,6 +54,8 @@ CASES: dict[str, Case] = {
     "llama-tied-llama3": Case("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 16}),
     "llama-yarn": Case("llama", {"rope_parameters": YARN}),
     "llama-linear-biases": Case("llama", {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True}),
+    "llama-mha": Case("llama", {"num_key_value_heads": 4}),
+    "llama-mqa": Case("llama", {"num_key_value_heads": 1}),
     "mistral": Case("mistral", {"sliding_window": None, "head_dim": 16}),
     "mistral-window": Case("mistral", {"sliding_window": 9}),
     "qwen2": Case("qwen2", {"tie_word_embeddings": True}),
