@@ -61,7 +61,7 @@ class Lab:
         decoder = load_decoder(folder, DTYPES[dtype])
         self.spec, self.dtype = decoder.spec, DTYPES[dtype]
         self.executor = Recorder(decoder, EngineConfig(numerics=numerics), on_phase=lambda *_: None)  # type: ignore[arg-type]
-        self._models: dict[torch.dtype, Any] = {}
+        self.models: dict[torch.dtype, Any] = {}
         self._known: dict[tuple[torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def references(self, sequences: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -69,12 +69,12 @@ class Lab:
         sequences = list(sequences)
         new = sorted({s for s in sequences if (dtype, s) not in self._known})
         if new:
-            if dtype not in self._models:
-                self._models[dtype] = zoo.load_reference(self.folder, dtype)
+            if dtype not in self.models:
+                self.models[dtype] = zoo.load_reference(self.folder, dtype)
             longest = max(map(len, new))
             padded = torch.tensor([(*s, *[0] * (longest - len(s))) for s in new])  # a causal row sees no padding
             with torch.inference_mode():
-                logits = self._models[dtype](padded).logits.double()
+                logits = self.models[dtype](padded).logits.double()
             self._known.update(((dtype, s), rows[: len(s)]) for s, rows in zip(new, logits, strict=True))
         return [self._known[dtype, s] for s in sequences]
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from tenon.engine.executors.torch import TorchExecutor
 from tenon.models.spec import KVGroup
-from tests.engine.build import Lab, Run, step
+from tests.engine.build import Lab, Run, errors, step
 from tests.models import zoo
 
 Groups = Callable[[int], tuple[KVGroup, ...]]
@@ -75,6 +76,7 @@ def holed(form: str, size: int, rng: np.random.Generator) -> Work:
         n = n // size * size + 1
     full = (n - 1) // size
     kept = rng.random(full) < rng.choice([0.3, 0.6, 0.9])
+    kept[rng.integers(0, full)] = True
     if form == "first":
         kept[0], kept[1] = False, True
     elif form == "last":
@@ -219,11 +221,28 @@ def prefill(executor: TorchExecutor, groups: Groups, tokens: list[int], size: in
     return bench.run(bench.plan())[0]
 
 
+def transformers_computes(lab: Lab, tokens: list[int], dtype: torch.dtype) -> Computed:
+    """The same of transformers in ``dtype``, as fp64."""
+    (logits,) = lab.references([tuple(tokens)], dtype)
+    cache = transformers.DynamicCache()
+    with torch.inference_mode():
+        lab.models[dtype](torch.tensor([tokens]), None, None, cache)  # by place: its name depends on the version
+    kv = [(layer.keys[0].transpose(0, 1).double(), layer.values[0].transpose(0, 1).double()) for layer in cache.layers]
+    return Computed(dict(enumerate(logits)), kv)
+
+
 # -- comparing ---------------------------------------------------------------------------------------------------
 
 
 def same_bits(found: Tensor, right: Tensor) -> bool:
     return torch.equal(found.contiguous().view(BITS[found.dtype]), right.contiguous().view(BITS[right.dtype]))
+
+
+def row_errors(found: Computed, right: Computed) -> tuple[Tensor, Tensor]:
+    """Errors of the computed logits' rows, and of every K and V's."""
+    rows = [torch.stack([it.logits[p].double() for p in found.logits]) for it in (found, right)]
+    pairs = zip(itertools.chain(*found.kv), itertools.chain(*right.kv), strict=True)
+    return errors(*rows), torch.cat([errors(ours.flatten(1), theirs.flatten(1)) for ours, theirs in pairs])
 
 
 Same = Callable[[Tensor, Tensor], bool]

@@ -147,7 +147,8 @@ class TorchAttention:
                 while up in where:
                     visible[i, r - rows[i, 0], where[up]] = True
                     up = int(step.parent[up])
-        return slots, seen_pos, visible
+        # What no row of a span sees is gathered all the same, and times 0 a NaN that somebody left there stays one.
+        return np.where(visible.any(1), slots, slots[:, :1]), seen_pos, visible
 
     def attend(self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layer: int, scale: float, window: int) -> Tensor:
         """Write the layer's K and V, then attend by the step's rules. Returns (T, H, D)."""
