@@ -136,14 +136,11 @@ class Bench:
     def _lose(self, resident: np.ndarray, table: list[int], group: int, spare: list[int]) -> None:
         """Blocks without a resident position are others now; whatever is not resident is poisoned."""
         B = self.size
-        for i, block in enumerate(table):
-            gone = np.arange(B) + block * B
-            kept = resident[i * B : (i + 1) * B]
-            if kept.any():
-                gone = gone[~np.append(kept, np.zeros(B - len(kept), bool))]
-            else:
-                table[i] = spare.pop()
-            self.poison(gone, [group])
+        kept = np.append(resident, np.zeros(-len(resident) % B, bool)).reshape(-1, B)
+        slots = np.array(table)[:, None] * B + np.arange(B)
+        for i in np.flatnonzero(~kept.any(1)):
+            table[i] = spare.pop()
+        self.poison(slots[~kept], [group])
 
     def views(self) -> list[tuple[int, Tensor, Tensor]]:
         """Of each layer its group, and K and V as views (N, B / P, P, G, ...)."""
