@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tenon.engine.config import EngineConfig
 from tenon.engine.engine import Engine, Identity
+from tenon.engine.executors import native
 from tenon.engine.executors.base import Executor
 from tenon.engine.executors.hash import HashExecutor
 from tenon.engine.executors.torch import TorchExecutor
@@ -98,6 +99,11 @@ class Lab:
             request_id, index = by_id[seq]
             rows[request_id, index, position] = row
         return Served(made, outputs, prompts, rows)
+
+
+def smallest_block(dtype: torch.dtype) -> int:
+    """Tokens of the smallest block that the C kernels take: 2 for bf16 where the processor multiplies it in pairs."""
+    return native.load().group[dtype]
 
 
 Labs = Callable[..., Lab]

@@ -21,7 +21,7 @@ from tenon.engine.sampling import sample_rows
 from tenon.engine.step import Step
 from tenon.models.decoder import Maths
 from tenon.models.spec import ModelSpec
-from tests.engine.build import Run, logit_rows, step, step_of
+from tests.engine.build import Run, logit_rows, smallest_block, step, step_of
 
 pytestmark = pytest.mark.torch
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -106,7 +106,7 @@ def steps(size: int, seed: int) -> list[Step]:
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_equals_gathered_attention(shape: Shape, dtype: torch.dtype) -> None:
-    H, G, D, size = shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.block_tokens
+    H, G, D, size = shape.n_heads, shape.n_kv_heads, shape.head_dim, max(shape.block_tokens, smallest_block(dtype))
     spec = ModelSpec("llama", 10, H * D, 1, H, G, D, 8, 512, windows=(shape.window,))
     ours = NativeAttention(spec, dtype, native.load())
     plain = TorchAttention(spec, torch.float64, torch.device("cpu"))

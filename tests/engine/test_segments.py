@@ -22,7 +22,7 @@ from tenon.engine.executors.torch import TorchExecutor
 from tenon.engine.step import Step
 from tenon.models.checkpoint import load_decoder
 from tenon.models.decoder import Decoder
-from tests.engine.build import DTYPES, Lab, Labs, Run, sequence
+from tests.engine.build import DTYPES, Lab, Labs, Run, sequence, smallest_block
 from tests.engine.segments import FORMS, Bench, Computed, Work, differences, draw, prefill, row_errors, serve
 from tests.engine.segments import transformers_computes as theirs_of
 from tests.engine.test_holes import serve as serve_adds
@@ -55,6 +55,7 @@ def test_holes_leave_the_bits_of_a_full_prefill(
     name: str, dtype: str, size: int, form: str, seed: tuple[int, ...], lab: Labs
 ) -> None:
     it = lab(name, dtype, numerics="invariant")
+    size = max(size, smallest_block(it.dtype))
     works = draw(form, size, seed)
     for found, each in zip(serve(it, works, size), works, strict=True):
         assert len(found.logits) == (~each.resident).sum()
@@ -161,7 +162,7 @@ def all_errors(it: Lab, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor
     """Of each sequence of some cases: errors of logits and KV, and those of transformers in ``dtype``."""
     made = []
     for f, form in enumerate(FORMS[::2]):
-        size = (1, 4, 16)[f % 3]
+        size = (smallest_block(dtype), 4, 16)[f % 3]
         works = draw(form, size, (f,))
         for found, each in zip(serve(it, works, size), works, strict=True):
             right, theirs = (theirs_of(it, each.tokens, d) for d in (torch.float64, dtype))
