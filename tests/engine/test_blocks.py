@@ -122,6 +122,9 @@ class Colliding(BlockPool):
     def publish(self, block: int, digest: bytes, tokens: bytes) -> None:
         super().publish(block, self.short(digest), tokens)
 
+    def knows(self, digest: bytes) -> bool:
+        return super().knows(self.short(digest))
+
     def lookup(self, digest: bytes, tokens: bytes) -> int | None:
         return super().lookup(self.short(digest), tokens)
 

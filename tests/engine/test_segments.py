@@ -182,6 +182,15 @@ def test_fast_holes_err_no_more_than_transformers(name: str, dtype: str, head_di
             assert all(ours.quantile(q) <= TIMES_BF16 * theirs.quantile(q) for q in (0.5, 0.99))
 
 
+@pytest.mark.parametrize("head_dim", [32, None])
+def test_what_others_left_in_a_block_does_not_spread(head_dim: int | None, lab: Labs) -> None:
+    """Spans of different lengths are gathered together, and beyond its end the shorter one's table says nothing."""
+    it = lab("qwen3-window", "fp32", head_dim)
+    works = [Work(sequence(n, n), np.arange(n) < n - 1, [n - 1], [1]) for n in (20, 90)]
+    for found in serve(it, works, 16):
+        assert all(torch.isfinite(row).all() for row in found.logits.values())
+
+
 @pytest.mark.parametrize(("name", "dtype", "head_dim"), FAST)
 def test_fast_greedy_tokens_are_those_without_a_cache(name: str, dtype: str, head_dim: int | None, lab: Labs) -> None:
     it, size = lab(name, dtype, head_dim), 4
