@@ -59,6 +59,16 @@ def test_tiles_fit_the_gpus(tmp_path: Path) -> None:
 
 
 @needs_triton
+@pytest.mark.torch
+@pytest.mark.slow
+def test_the_bench_of_the_kernels_runs_dry() -> None:
+    program = [sys.executable, str(ROOT / "bench" / "gpu_segments.py"), "--dry-run", "--quick"]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "holes" in done.stdout
+
+
+@needs_triton
 @pytest.mark.gpu
 def test_the_kernels_equal_gathering_on_the_device(tmp_path: Path) -> None:
     run("triton_cases.py", tmp_path)
