@@ -162,6 +162,13 @@ def test_a_long_context_is_split_and_joined(n: int) -> None:
     assert (pair.ours._plans[0].n_parts, pair.ours._plans[0].n_joins) == (3, 1)
 
 
+def test_what_left_the_window_is_not_read() -> None:
+    pair = Pair(Shape(4, 2, 32, 37), FP16)
+    assert max(pair.errors([step([at(pair, 0, 0, 110)])])) <= CLOSE[FP16]
+    pair.poison(16 + np.arange(110 - 37 + 1))
+    assert max(pair.errors([step([at(pair, 0, 110, 150)])])) <= CLOSE[FP16]
+
+
 def test_moves_come_before_anything_is_written() -> None:
     pair = Pair(Shape(4, 2, 32), FP16)
     first, second = step([at(pair, 0, 0, 40)]), step([at(pair, 1, 40, 44)])

@@ -123,7 +123,8 @@ class TritonAttention(TorchAttention):
         shape = (1, self._spec.n_kv_heads, self._spec.head_dim)
         k, cache = self._like.new_zeros(shape), self._like.new_zeros(shape)
         slot = torch.zeros(1, dtype=torch.int32, device=self._like.device)
-        self._write(k, k, cache, cache, slot)
+        with torch.cuda.device_of(k):
+            self._write(k, k, cache, cache, slot)
 
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
         """Zeroed cache memory. Raises ``ResourceError``."""
@@ -183,20 +184,21 @@ class TritonAttention(TorchAttention):
         out_THD = torch.empty((T, H, D), dtype=q.dtype, device=q.device)
         if not T:
             return out_THD
-        self._write(k, v, cache.k, cache.v, plan.slot)
-        sums, stats = self._parts[: self._part_rows * self._width], self._parts[self._part_rows * self._width :]
-        if plan.n_items:
-            kernels.attend[plan.n_items, G](
-                q, cache.k, cache.v, out_THD, sums, stats, plan.items, plan.table, scale * math.log2(math.e),
-                q.stride(0), q.stride(1), out_THD.stride(0), out_THD.stride(1), G, self._ratio, D, self._width,
-                self._lanes, self._tiling.positions, self._block_tokens, window, plan.n_parts > 0, self._wide,
-                self._precision, num_warps=warps(self._lanes, self._width), num_stages=2,
-            )  # fmt: skip
-        if plan.n_joins:
-            kernels.join[plan.n_joins, G, self._lanes // JOIN_LANES](
-                out_THD, sums, stats, plan.joins, out_THD.stride(0), out_THD.stride(1), G, self._ratio, D, self._width,
-                self._lanes, JOIN_LANES,
-            )  # fmt: skip
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            self._write(k, v, cache.k, cache.v, plan.slot)
+            sums, stats = self._parts[: self._part_rows * self._width], self._parts[self._part_rows * self._width :]
+            if plan.n_items:
+                kernels.attend[plan.n_items, G](
+                    q, cache.k, cache.v, out_THD, sums, stats, plan.items, plan.table, scale * math.log2(math.e),
+                    q.stride(0), q.stride(1), out_THD.stride(0), out_THD.stride(1), G, self._ratio, D, self._width,
+                    self._lanes, self._tiling.positions, self._block_tokens, window, plan.n_parts > 0, self._wide,
+                    self._precision, num_warps=warps(self._lanes, self._width), num_stages=2,
+                )  # fmt: skip
+            if plan.n_joins:
+                kernels.join[plan.n_joins, G, self._lanes // JOIN_LANES](
+                    out_THD, sums, stats, plan.joins, out_THD.stride(0), out_THD.stride(1), G, self._ratio, D,
+                    self._width, self._lanes, JOIN_LANES,
+                )  # fmt: skip
         self._attend_gathered(q_THD, out_THD, cache, scale, window)
         return out_THD
 
