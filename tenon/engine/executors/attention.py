@@ -99,13 +99,21 @@ class TorchAttention:
     def begin(self, step: Step) -> None:
         """Take over a step's arrays and carry out its moves; valid until the next ``begin``."""
         device = self._like.device
-        base = roots(step)
-        n_rows = np.diff(step.q_start)
-        ones = np.flatnonzero(n_rows == 1)
-        batches = [ones] if len(ones) else []
-        batches += [np.array([s]) for s in np.flatnonzero(n_rows > 1)]
         self._slot = [torch.from_numpy(g.slot.astype(np.int64)).to(device) for g in step.groups]
-        self._parts = []
+        self._gather(step, np.arange(len(step.seq)))
+        self._move(step)
+
+    def _gather(self, step: Step, spans: np.ndarray) -> None:
+        """What these spans read and see."""
+        device = self._like.device
+        self._gathered: list[tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]] = []
+        if not len(spans):
+            return
+        base = roots(step)
+        n_rows = np.diff(step.q_start)[spans]
+        ones = spans[n_rows == 1]
+        batches = [ones] if len(ones) else []
+        batches += [np.array([s]) for s in spans[n_rows > 1]]
         for spans in batches:
             rows = np.stack([np.arange(step.q_start[s], step.q_start[s + 1]) for s in spans])
             per_group = [self._reads(step, group, spans, rows, base) for group in step.groups]
@@ -113,7 +121,11 @@ class TorchAttention:
             seen_pos = torch.from_numpy(per_group[0][1]).to(device)
             visible = torch.from_numpy(per_group[0][2]).to(device)
             row_pos = torch.from_numpy(step.pos[rows].astype(np.int64)).to(device)
-            self._parts.append((torch.from_numpy(rows).to(device), slots, seen_pos, visible, row_pos))
+            self._gathered.append((torch.from_numpy(rows).to(device), slots, seen_pos, visible, row_pos))
+
+    def _move(self, step: Step) -> None:
+        """Copy what a step copies before anything is written."""
+        device = self._like.device
         for layer in self._layers:
             moves = step.groups[layer.group].moves
             if len(moves):
@@ -156,7 +168,12 @@ class TorchAttention:
         slot = self._slot[cache.group]
         cache.k[slot], cache.v[slot] = k_TGD, v_TGD
         out_THD = torch.empty_like(q_THD)
-        for rows, slots, seen_pos, visible, row_pos in self._parts:
+        self._attend_gathered(q_THD, out_THD, cache, scale, window)
+        return out_THD
+
+    def _attend_gathered(self, q_THD: Tensor, out_THD: Tensor, cache: Cache, scale: float, window: int) -> None:
+        """Fill in the gathered spans' rows; K and V are written."""
+        for rows, slots, seen_pos, visible, row_pos in self._gathered:
             mask = visible
             if window:
                 mask = mask & (seen_pos[:, None, :] > row_pos[:, :, None] - window)
@@ -165,7 +182,6 @@ class TorchAttention:
                 q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask[:, None], scale=scale, enable_gqa=True
             )
             out_THD[rows] = o.transpose(1, 2)
-        return out_THD
 
 
 class NativeAttention:

@@ -1,7 +1,8 @@
 """The reference executor: every model, on CPU and CUDA, through torch.
 
 On CPU the decoder's layers run as one C call (``stack.py``), and sampling noise in C; without a compiler, or for shapes
-those kernels do not cover, plain torch does the same and ``caps.notes`` says so.
+those kernels do not cover, plain torch does the same and ``caps.notes`` says so. On CUDA attention is one Triton launch
+for all spans of a step (``triton_attention.py``); without Triton it gathers, and ``caps.notes`` says that.
 
 Shapes: T rows, R outputs, M model width, V vocabulary.
 """
@@ -9,6 +10,7 @@ Shapes: T rows, R outputs, M model width, V vocabulary.
 from __future__ import annotations
 
 import logging
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
@@ -98,7 +100,7 @@ class TorchExecutor:
                     f"{HEAD_MULTIPLE}); use numerics 'fast'",
                     subject="numerics",
                 )
-            self._attention = TorchAttention(self.spec, self._dtype, self._device)
+            self._attention = self._torch_attention()
         self._install(model, on_phase)
         self._last: dict[int, int] = {}
         self._results: dict[Ticket, StepResult] = {}
@@ -151,6 +153,25 @@ class TorchExecutor:
             return None
         on_phase("kernels", 1.0, "C kernels")
         return loaded
+
+    def _torch_attention(self) -> TorchAttention:
+        """One launch a step on CUDA where Triton works and covers the model; gathering elsewhere."""
+        if self._device.type == "cuda":
+            try:
+                # Here, for Triton may be missing, and on CPU nobody needs it.
+                from tenon.engine.executors import triton_attention as triton
+
+                if (why := triton.uncovered(self.spec, self._dtype)) is None:
+                    attention = triton.TritonAttention(self.spec, self._dtype, self._device)
+                    attention.compile()
+                    return attention
+                why = f"the Triton kernels do not cover {why}"
+            except ImportError as error:
+                why = f"Triton cannot be imported ({error})"
+            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+                why = f"Triton cannot compile ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            self._note(f"attention gathers every context, which is slower: {why}")
+        return TorchAttention(self.spec, self._dtype, self._device)
 
     def _install(self, model: Decoder, on_phase: OnPhase) -> None:
         """Take over a decoder, in the form that suits the attention."""
