@@ -9,53 +9,68 @@ Every block but the null block 0 is in exactly one state:
 Conservation, checked by ``check_integrity``: free + held + idle = n_blocks - 1.
 
 A key is a keyed 256-bit hash chained over all tokens before and in the block, the tenant, the model and its weights'
-version; the tokens themselves are kept and compared on every hit, so that not even a collision serves
-another's content.
+version; the key before it and the tokens themselves are kept and compared on every hit, so that not even a collision
+serves another's content.
+
+What is evicted leaves its *shadow*: what policies knew of it, under its key, as many as there are blocks.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection
 from hashlib import blake2b
 
 import numpy as np
 
 from tenon.base.errors import IntegrityError
-from tenon.engine.policies.evict import Evict
+from tenon.engine.policies.evict import Cached, Evict
 
 NULL_BLOCK = 0
+DIGEST_BYTES = 32
 MAX_EVENTS = 65_536
 """Of digests published or evicted, the newest so many are kept for whoever asks."""
 
 
 def root_digest(secret: bytes, *parts: str) -> bytes:
     """The chain's start: everything besides tokens that decides a block's content, and the tenant."""
-    h = blake2b(key=secret, digest_size=32)
+    h = blake2b(key=secret, digest_size=DIGEST_BYTES)
     for part in parts:
         raw = part.encode()
         h.update(len(raw).to_bytes(4, "little") + raw)
     return h.digest()
 
 
-def chain_digest(secret: bytes, parent: bytes, tokens: bytes) -> bytes:
-    """The digest of a block from its parent's and its own tokens (int32, little-endian)."""
-    return blake2b(parent + tokens, key=secret, digest_size=32).digest()
+def chain_digest(secret: bytes, content: bytes) -> bytes:
+    """The digest of a block from its content: its parent's digest and its own tokens (int32, little-endian)."""
+    return blake2b(content, key=secret, digest_size=DIGEST_BYTES).digest()
 
 
 class BlockPool:
     """Blocks of one group. Methods are O(1) besides the policy's; nothing here knows sequences."""
 
-    def __init__(self, n_blocks: int, block_tokens: int, evict: Evict) -> None:
+    def __init__(
+        self,
+        n_blocks: int,
+        block_tokens: int,
+        make_evict: Callable[[], Evict],
+        cost_of: Callable[[int], float] = lambda position: 1.0,
+    ) -> None:
+        """``cost_of``: what computing the block at a position once more takes."""
         if n_blocks < 2:
             raise ValueError(f"a pool needs a null block and one more, got {n_blocks} blocks")
         self.n_blocks = n_blocks
         self.block_tokens = block_tokens
+        self.now_s = 0.0
+        """Whoever drives the pool says what time it is."""
         self.ref = [0] * n_blocks
         self._free = deque(range(1, n_blocks))
-        self._evict = evict
-        self._block_of: dict[bytes, int] = {}
-        self._digest: list[bytes | None] = [None] * n_blocks
-        self._tokens: list[bytes] = [b""] * n_blocks
+        self._make_evict, self._cost_of = make_evict, cost_of
+        self.evict = make_evict()
+        self._entry_of: dict[bytes, Cached] = {}
+        self._entry: list[Cached | None] = [None] * n_blocks
+        self._content: list[bytes] = [b""] * n_blocks
+        self.shadows: OrderedDict[bytes, Cached] = OrderedDict()
         self.n_stored = 0
         """Blocks ever published: what is not resident now can become so only by another of these."""
         self.stored: deque[bytes] = deque(maxlen=MAX_EVENTS)
@@ -64,11 +79,11 @@ class BlockPool:
     @property
     def n_available(self) -> int:
         """Blocks that ``take`` could give out now."""
-        return len(self._free) + len(self._evict)
+        return len(self._free) + len(self.evict)
 
     @property
     def n_idle(self) -> int:
-        return len(self._evict)
+        return len(self.evict)
 
     @property
     def n_held(self) -> int:
@@ -79,65 +94,116 @@ class BlockPool:
         if self._free:
             block = self._free.popleft()
         else:
-            block = self._evict.victim()
-            self._evict.busy(block)
-            self._unpublish(block)
+            entry = self.evict.victim(self.now_s)
+            self.evict.evicted(entry, self.now_s)
+            self._unpublish(entry)
+            self._remember(entry)
+            block = entry.block
         self.ref[block] = 1
         return block
 
     def share(self, block: int) -> None:
-        """One more holder of a held or idle block."""
-        if self.ref[block] == 0:
-            self._evict.busy(block)
+        """One more holder of a held block, which is not another request: a sibling."""
         self.ref[block] += 1
 
-    def release(self, block: int) -> None:
-        """One holder less; the last one leaves it idle if published, else free."""
+    def take_over(self, block: int, turn: int = 1) -> None:
+        """One more holder of a published block, held or idle: a request whose context it belongs to."""
+        entry = self._entry[block]
+        if entry is None:
+            raise IntegrityError(f"block {block} is taken over but not published")
+        self.evict.used(entry, self.now_s)
+        if self.ref[block] == 0:
+            self.evict.busy(entry)
+        entry.n_uses += 1
+        entry.turn = turn
+        self.ref[block] += 1
+
+    def release(self, block: int, length: int = 0) -> None:
+        """One holder less, whose context has ``length`` tokens; the last one leaves it idle if published, else free."""
         self.ref[block] -= 1
         if self.ref[block] == 0:
-            if self._digest[block] is None:
+            entry = self._entry[block]
+            if entry is None:
                 self._free.append(block)
             else:
-                self._evict.idle(block)
+                entry.last_s, entry.length = self.now_s, length
+                self.evict.idle(entry, self.now_s)
         elif self.ref[block] < 0:
             raise IntegrityError(f"block {block} was released by someone who did not hold it")
 
-    def publish(self, block: int, digest: bytes, tokens: bytes) -> None:
-        """Offer a fully computed block for reuse; where the key is taken already, nothing happens."""
-        if self._digest[block] is None and digest not in self._block_of:
-            self._block_of[digest] = block
-            self._digest[block] = digest
-            self._tokens[block] = tokens
-            self.stored.append(digest)
-            self.n_stored += 1
+    def publish(
+        self, block: int, digest: bytes, content: bytes, position: int = 0, parent: bytes = b"", turn: int = 1
+    ) -> None:
+        """Offer a fully computed block for reuse; where the key is taken already, nothing happens. ``position`` is that
+        of its first token, ``parent`` the key of the block before it."""
+        if self._entry[block] is not None or digest in self._entry_of:
+            return
+        now_s = self.now_s
+        entry = Cached(block, digest, position, self._cost_of(position), turn, 1, now_s, position + self.block_tokens)
+        shadow = self.shadows.pop(digest, None)
+        if shadow is not None:
+            entry.n_uses = shadow.n_uses + 1
+            entry.away_s = now_s - shadow.last_s
+        before = self._entry_of.get(parent)
+        if before is not None:
+            entry.parent, before.child = before, entry
+        self._entry_of[digest] = entry
+        self._entry[block] = entry
+        self._content[block] = content
+        self.stored.append(digest)
+        self.n_stored += 1
+        self.evict.stored(entry, now_s)
 
     def knows(self, digest: bytes) -> bool:
         """Whether a block is resident under this key; whether it is the right one, ``lookup`` says."""
-        return digest in self._block_of
+        return digest in self._entry_of
 
-    def lookup(self, digest: bytes, tokens: bytes) -> int | None:
-        """The resident block of this key and these tokens, not yet held for the caller."""
-        block = self._block_of.get(digest)
-        if block is None or self._tokens[block] != tokens:
+    def lookup(self, digest: bytes, content: bytes) -> int | None:
+        """The resident block of this key and this content, not yet held for the caller."""
+        entry = self._entry_of.get(digest)
+        if entry is None or self._content[entry.block] != content:
             return None
-        return block
+        return entry.block
+
+    def entry(self, block: int) -> Cached | None:
+        """What policies know of a published block."""
+        return self._entry[block]
+
+    @property
+    def entries(self) -> Collection[Cached]:
+        """Of all that is published, in the order of its coming."""
+        return self._entry_of.values()
+
+    def content(self, block: int) -> bytes:
+        """What ``publish`` was given."""
+        return self._content[block]
 
     def forget(self) -> None:
         """Unpublish everything: idle blocks become free, held ones stay with their holders."""
-        while len(self._evict):
-            block = self._evict.victim()
-            self._evict.busy(block)
-            self._free.append(block)
-        for block in range(1, self.n_blocks):
-            self._unpublish(block)
+        for entry in [entry for entry in self._entry if entry is not None]:
+            if self.ref[entry.block] == 0:
+                self._free.append(entry.block)
+            self._unpublish(entry)
+        self.shadows.clear()
+        self.evict = self._make_evict()
 
-    def _unpublish(self, block: int) -> None:
-        digest = self._digest[block]
-        if digest is not None:
-            del self._block_of[digest]
-            self._digest[block] = None
-            self._tokens[block] = b""
-            self.evicted.append(digest)
+    def _unpublish(self, entry: Cached) -> None:
+        block = entry.block
+        del self._entry_of[entry.key]
+        self._entry[block] = None
+        self._content[block] = b""
+        if entry.parent is not None and entry.parent.child is entry:
+            entry.parent.child = None
+        if entry.child is not None and entry.child.parent is entry:
+            entry.child.parent = None
+        entry.parent = entry.child = None
+        self.evicted.append(entry.key)
+
+    def _remember(self, entry: Cached) -> None:
+        entry.evicted_s = self.now_s
+        self.shadows[entry.key] = entry
+        if len(self.shadows) >= self.n_blocks:
+            self.shadows.popitem(last=False)
 
     def check_integrity(self, tables: list[np.ndarray]) -> None:
         """Recount everything from the holders' block tables. Raises ``IntegrityError`` naming what is off."""
@@ -151,13 +217,15 @@ class BlockPool:
             b = int(wrong[0])
             raise IntegrityError(f"block {b} counts {self.ref[b]} holders but {counts[b]} tables name it")
         held = int(np.count_nonzero(counts))
-        if held + len(self._free) + len(self._evict) != self.n_blocks - 1:
+        if held + len(self._free) + len(self.evict) != self.n_blocks - 1:
             raise IntegrityError(
-                f"{held} held + {len(self._free)} free + {len(self._evict)} idle != {self.n_blocks - 1}"
+                f"{held} held + {len(self._free)} free + {len(self.evict)} idle != {self.n_blocks - 1}"
             )
         for block in self._free:
-            if self.ref[block] or self._digest[block] is not None:
+            if self.ref[block] or self._entry[block] is not None:
                 raise IntegrityError(f"block {block} is on the free list but held or published")
-        for digest, block in self._block_of.items():
-            if self._digest[block] != digest:
-                raise IntegrityError(f"the index names block {block} under a key that is not its own")
+        for digest, entry in self._entry_of.items():
+            if self._entry[entry.block] is not entry or entry.key != digest:
+                raise IntegrityError(f"the index names block {entry.block} under a key that is not its own")
+            if digest in self.shadows:
+                raise IntegrityError(f"block {entry.block} is resident and a shadow")

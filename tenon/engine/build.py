@@ -12,6 +12,7 @@ from tenon.base.files import state_folder
 from tenon.engine.config import EngineConfig, state_secret
 from tenon.engine.engine import Engine, Identity
 from tenon.engine.executors.base import Executor
+from tenon.engine.recompute import recompute_cost
 from tenon.engine.scheduler import Scheduler
 from tenon.models.generation import read_generation
 from tenon.models.hf_config import read_config
@@ -103,6 +104,7 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
         eos_ids=eos_ids,
         max_model_len=memory.max_model_len,
         secret=state_secret(state_folder()),
+        cost_of=recompute_cost(spec, config.block_tokens),
     )
     caps = executor.caps
     identity = Identity(

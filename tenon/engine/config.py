@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tenon.base.errors import ConfigError
-from tenon.engine.policies.evict import POLICIES
+from tenon.engine.policies.table import POLICIES
 
 BLOCK_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 

@@ -75,7 +75,7 @@ class Engine:
     def tick(self, now_s: float) -> list[Delta]:
         """One step. Returns what each sequence gained; an empty list if there was nothing to do."""
         begin_s = self._clock.now_s()
-        step = self.scheduler.schedule()
+        step = self.scheduler.schedule(now_s)
         if step is None:
             return []
         result = self.executor.poll(self.executor.submit(step))

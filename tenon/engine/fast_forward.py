@@ -21,6 +21,7 @@ import numpy as np
 
 from tenon.cost.work import StepShape
 from tenon.engine.assemble import Assembler, Span
+from tenon.engine.blocks import DIGEST_BYTES
 from tenon.engine.executors.simulated import decoding_shape
 from tenon.engine.messages import Delta
 from tenon.engine.scheduler import Scheduler
@@ -92,10 +93,11 @@ class Stretch:
             seq.tokens[seq.n_tokens : seq.n_tokens + n_left] = truth(seq.id)[first : first + n_left]
         self._batch: _Batch | None = None
 
-    def reserve(self) -> bool:
+    def reserve(self, now_s: float) -> bool:
         """Take the next step's blocks; False, and nothing is taken, where it must be left to the scheduler."""
         if self.n_left == 0:
             return False
+        self._scheduler.at(now_s)
         crossing = self._phases[-self.n_done % self._size]
         if crossing:
             pools = self._scheduler.pools
@@ -148,7 +150,7 @@ class Stretch:
             i = seq.n_published
             digest, content = seq.key_and_content(i)
             for pool, table in zip(self._scheduler.pools, seq.tables, strict=True):
-                pool.publish(int(table[i]), digest, content)
+                pool.publish(int(table[i]), digest, content, i * self._size, content[:DIGEST_BYTES], seq.turn)
             seq.n_published = i + 1
 
     def end(self) -> None:

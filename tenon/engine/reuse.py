@@ -6,7 +6,7 @@ is found is right wherever it is found.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tenon.engine.blocks import BlockPool
 from tenon.engine.sequence import Seq
@@ -38,3 +38,15 @@ def runs_of(blocks: Iterable[int], block_tokens: int) -> list[tuple[int, int]]:
             start = runs.pop()[0]
         runs.append((start, end))
     return runs
+
+
+def turn_of(found: Mapping[int, Sequence[int]], pool: BlockPool) -> int:
+    """Which turn of a conversation the context is whose resident blocks were found: one more than that of the context
+    it continues, or 1. It continues one if it has most of it in common, not a common beginning alone."""
+    if not found:
+        return 1
+    deepest = next(reversed(found))
+    entry = pool.entry(found[deepest][0])
+    if entry is None or 2 * (deepest + 1) * pool.block_tokens < entry.length:
+        return 1
+    return entry.turn + 1

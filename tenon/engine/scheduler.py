@@ -1,6 +1,6 @@
 """Who computes what in the next step, and what came of it.
 
-    schedule(now) -> Step      pick spans: decodes first, then running prefills, then newcomers, within one budget
+    schedule(now_s) -> Step    pick spans: decodes first, then running prefills, then newcomers, within one budget
     commit(step, result)       append samples, publish full blocks, fork, finish; returns what to tell callers
 
 Order is by arrival. When blocks run out, the latest arrivals give theirs up and recompute later (their
@@ -12,17 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from tenon.base.errors import ContextTooLong, IntegrityError, Overloaded, RequestError
 from tenon.engine.assemble import Assembler, Span
-from tenon.engine.blocks import BlockPool, root_digest
+from tenon.engine.blocks import DIGEST_BYTES, BlockPool, root_digest
 from tenon.engine.config import EngineConfig
 from tenon.engine.lane import Lane
 from tenon.engine.messages import Accepted, Add, Delta
-from tenon.engine.policies.evict import POLICIES
-from tenon.engine.reuse import resident, runs_of
+from tenon.engine.policies.table import POLICIES
+from tenon.engine.recompute import CostOf
+from tenon.engine.reuse import resident, runs_of, turn_of
 from tenon.engine.sequence import Request, Seq, State
 from tenon.engine.step import Step, StepResult
 from tenon.models.spec import KVGroup
@@ -60,14 +62,17 @@ class Scheduler:
         eos_ids: Iterable[int],
         max_model_len: int,
         secret: bytes,
+        cost_of: CostOf = lambda position: 1.0,
     ) -> None:
+        """``cost_of``: what a block at a position costs to compute once more, for policies to weigh."""
         self.config = config
         self.model = model
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(eos_ids)
         self.max_model_len = max_model_len
         self.weights_version = 0
-        self.pools = [BlockPool(n_blocks, config.block_tokens, POLICIES[config.evict]()) for _ in groups]
+        make_evict = partial(POLICIES[config.evict], n_blocks)
+        self.pools = [BlockPool(n_blocks, config.block_tokens, make_evict, cost_of) for _ in groups]
         self.requests: dict[str, Request] = {}
         self.waiting: list[Seq] = []
         self.running: list[Seq] = []
@@ -148,8 +153,14 @@ class Scheduler:
 
     # -- one step -------------------------------------------------------------------------------------------
 
-    def schedule(self) -> Step | None:
+    def at(self, now_s: float) -> None:
+        """What time it is: all that policies see happens then, until the next call."""
+        for pool in self.pools:
+            pool.now_s = now_s
+
+    def schedule(self, now_s: float) -> Step | None:
         """The next step, or None when there is nothing to compute. Blocks are reserved for all its rows."""
+        self.at(now_s)
         lane = self._lane
         if lane is not None and lane.reserve(self.pools):
             self._spans, self._moves = lane.spans, []
@@ -243,9 +254,10 @@ class Scheduler:
         for group, pool in enumerate(self.pools):
             if n_blocks - sum(pool.ref[blocks[group]] > 0 for blocks in cached.values()) > pool.n_available:
                 return False
+        seq.turn = turn_of(cached, self.pools[0])
         for group, (pool, table) in enumerate(zip(self.pools, seq.tables, strict=True)):
             for i, blocks in cached.items():
-                pool.share(blocks[group])
+                pool.take_over(blocks[group], seq.turn)
                 table[i] = blocks[group]
             for i in range(n_blocks):
                 if i not in cached:
@@ -421,6 +433,7 @@ class Scheduler:
             sibling.n_blocks = n_blocks
             sibling.n_computed = first.n_computed
             sibling.n_published = first.n_published
+            sibling.turn = first.turn
             sibling.digests = first.digests[: first.n_published]
             sibling.state = RUNNING
             sibling.may_share = first.may_share = True
@@ -436,7 +449,7 @@ class Scheduler:
         for i in range(seq.n_published, seq.n_computed // self.config.block_tokens):
             digest, content = seq.key_and_content(i)
             for pool, table in zip(self.pools, seq.tables, strict=True):
-                pool.publish(int(table[i]), digest, content)
+                pool.publish(int(table[i]), digest, content, i * pool.block_tokens, content[:DIGEST_BYTES], seq.turn)
             seq.n_published = i + 1
 
     # -- endings --------------------------------------------------------------------------------------------
@@ -444,7 +457,7 @@ class Scheduler:
     def _release(self, seq: Seq) -> None:
         for pool, table in zip(self.pools, seq.tables, strict=True):
             for i in range(seq.n_blocks - 1, -1, -1):
-                pool.release(int(table[i]))
+                pool.release(int(table[i]), seq.n_tokens)
         seq.n_blocks = 0
 
     def _leave(self, seq: Seq) -> None:

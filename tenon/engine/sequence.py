@@ -48,6 +48,8 @@ class Seq:
         self.digests: list[bytes] = []
         self.n_published = 0
         self.n_preempted = 0
+        self.turn = 1
+        """Of its conversation, as far as the cache can tell."""
         self.pinned = False
         self.heirs: list[Seq] = request.seqs
         """Whose next token its last row gives: all siblings' while they share the prompt's computing, then its own."""
@@ -85,22 +87,22 @@ class Seq:
         return self.n_tokens - self.n_computed == 1 and self.n_tokens > self.n_prompt
 
     def block_content(self, i: int) -> bytes:
-        """The tokens of position block ``i`` as bytes; defined once it is full."""
-        return self.tokens[i * self.block_tokens : (i + 1) * self.block_tokens].tobytes()
+        """What stands for position block ``i`` besides its key: the key before it, then its tokens. Defined once it is
+        full."""
+        parent = self.digest(i - 1) if i else self.request.root
+        return parent + self.tokens[i * self.block_tokens : (i + 1) * self.block_tokens].tobytes()
 
     def digest(self, i: int) -> bytes:
         """The chained key of position block ``i``; hashed once, however often it is asked for."""
         while len(self.digests) <= i:
-            parent = self.digests[-1] if self.digests else self.request.root
-            self.digests.append(chain_digest(self.request.secret, parent, self.block_content(len(self.digests))))
+            self.digests.append(chain_digest(self.request.secret, self.block_content(len(self.digests))))
         return self.digests[i]
 
     def key_and_content(self, i: int) -> tuple[bytes, bytes]:
         """``digest`` and ``block_content`` of one block, whose bytes are made once where its turn has come."""
         content = self.block_content(i)
         if len(self.digests) == i:
-            parent = self.digests[-1] if i else self.request.root
-            self.digests.append(chain_digest(self.request.secret, parent, content))
+            self.digests.append(chain_digest(self.request.secret, content))
         return self.digest(i), content
 
 

@@ -29,6 +29,7 @@ from tenon.engine.config import EngineConfig
 from tenon.engine.engine import Engine, Identity
 from tenon.engine.executors.simulated import SimulatedExecutor, StepCost, TrueTokens
 from tenon.engine.messages import Add, Delta, Stats
+from tenon.engine.recompute import recompute_cost
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.step import Step
 from tenon.models.spec import CostShape, ModelSpec, dtype_bytes, step_work
@@ -161,6 +162,7 @@ class Simulation:
             eos_ids=(),  # a trace says how long its answers are
             max_model_len=memory.max_model_len,
             secret=SECRET,
+            cost_of=recompute_cost(spec, config.block_tokens),
         )
         description = {"executor": "simulated", "device": marks.device, "dtype": dtype, "notes": marks.cost}
         length, n_blocks = memory.max_model_len, memory.n_blocks
@@ -299,7 +301,7 @@ class Simulation:
         n_rows = len(stretch.seqs)
         heard_s: list[float] = []
         next_s = self._events.next_s
-        while stretch.reserve():
+        while stretch.reserve(clock.now_s()):
             begin_s = clock.now_s()
             if watch is not None:
                 watch(stretch.step())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ from tenon.base.errors import ConfigError, IntegrityError
 from tenon.engine.blocks import BlockPool, chain_digest, root_digest
 from tenon.engine.config import state_secret
 from tenon.engine.messages import Add
-from tenon.engine.policies.evict import Lru
+from tenon.engine.policies.recency import Lru
 from tests.engine.build import hash_engine, run
 
 SECRET = b"s" * 32
 
 
 def pool(n_blocks: int = 6) -> BlockPool:
-    return BlockPool(n_blocks, 16, Lru())
+    return BlockPool(n_blocks, 16, Lru)
 
 
 def published(p: BlockPool, names: bytes) -> list[int]:
@@ -57,7 +58,7 @@ def test_published_blocks_stay_until_needed_and_the_oldest_goes_first() -> None:
     p = pool()
     a, b, c = published(p, b"abc")
     assert (p.n_idle, p.n_available) == (3, 5)
-    p.share(a)
+    p.take_over(a)
     p.release(a)
     assert [p.take() for _ in range(2)] == [4, 5]
     assert p.take() == b
@@ -105,7 +106,7 @@ def test_integrity_names_what_is_off(spoil: str) -> None:
         table = np.array([1, 0])
     elif spoil == "index":
         p.publish(held, b"a", b"tokens")
-        p._digest[held] = b"z"
+        p._entry[held] = None
     else:
         p._free.pop()
     with pytest.raises(IntegrityError):
@@ -119,8 +120,8 @@ class Colliding(BlockPool):
     def short(digest: bytes) -> bytes:
         return bytes([digest[0] % 8])
 
-    def publish(self, block: int, digest: bytes, tokens: bytes) -> None:
-        super().publish(block, self.short(digest), tokens)
+    def publish(self, block: int, digest: bytes, content: bytes, *more: Any) -> None:
+        super().publish(block, self.short(digest), content, *more)
 
     def knows(self, digest: bytes) -> bool:
         return super().knows(self.short(digest))
@@ -133,14 +134,14 @@ def test_sequences_with_colliding_keys_are_served_right() -> None:
     rng = np.random.default_rng(0)
     adds = [Add(f"r{i}", tuple(rng.integers(0, 1000, 40).tolist()), 12, i) for i in range(20)]
     made = hash_engine(12)
-    made.scheduler.pools = [Colliding(12, 16, Lru()) for _ in made.scheduler.pools]
+    made.scheduler.pools = [Colliding(12, 16, Lru) for _ in made.scheduler.pools]
     assert run(made, adds) == run(hash_engine(200, prefix_cache=False), adds)
 
 
 def test_digests_depend_on_every_part() -> None:
     roots = [root_digest(SECRET, *parts) for parts in (("m", "0", ""), ("m", "0", "a"), ("m", "1", ""), ("m0", "", ""))]
     roots.append(root_digest(b"t" * 32, "m", "0", ""))
-    chained = [chain_digest(SECRET, root, tokens) for root in roots for tokens in (b"x", b"y")]
+    chained = [chain_digest(SECRET, root + tokens) for root in roots for tokens in (b"x", b"y")]
     assert len({*roots, *chained}) == len(roots) + len(chained)
     assert {len(d) for d in chained} == {32}
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tenon.base.errors import IntegrityError
 from tenon.engine.engine import Engine
 from tenon.engine.messages import Add
-from tenon.engine.policies.evict import Random
 from tenon.engine.sequence import Request, Seq
 from tests.engine.build import Labs, Outputs, hash_engine, run
 from tests.engine.test_invariant import CASES
@@ -129,21 +128,3 @@ def test_runs_are_what_is_not_resident_in_order(lengths: list[int], budget: int,
             computed += range(start, start + length)
             seq.computed_to(start + length)
     assert computed == [p for p in range(n) if p not in resident]
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=80))
-def test_the_random_policy_holds_what_is_idle(moves: list[tuple[int, bool]]) -> None:
-    policy, idle = Random(), set()
-    for block, wanted in moves:
-        if wanted and block not in idle:
-            policy.idle(block)
-            idle.add(block)
-        elif not wanted and block in idle:
-            policy.busy(block)
-            idle.remove(block)
-        assert len(policy) == len(idle)
-        if idle:
-            assert policy.victim() in idle
-        else:
-            with pytest.raises(LookupError):
-                policy.victim()

@@ -54,7 +54,7 @@ def serve(made: Engine, asked: list[dict], *, lanes: bool) -> Iterator[tuple[byt
                 aborts.setdefault(tick + one["abort_after"], []).append(f"r{i}")
         if not lanes:
             scheduler.leave_lane()
-        step = scheduler.schedule()
+        step = scheduler.schedule(0.0)
         if step is not None:
             result = executor.poll(executor.submit(step))
             for request_id in aborts.pop(tick, ()):

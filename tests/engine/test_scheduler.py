@@ -36,7 +36,7 @@ def test_a_step_mixes_decodes_and_chunks_within_the_budget() -> None:
     made.add(ask("a", 8, 10))
     made.tick(0.0)
     made.add(ask("b", 50))
-    step = made.scheduler.schedule()
+    step = made.scheduler.schedule(0.0)
     assert step is not None
     assert np.diff(step.q_start).tolist() == [1, 19]
     assert step.pos.tolist() == [8, *range(19)]
@@ -160,7 +160,7 @@ def test_an_abort_between_schedule_and_commit_is_passed_over() -> None:
     made = hash_engine()
     made.add(ask("a"))
     made.add(ask("b"))
-    step = made.scheduler.schedule()
+    step = made.scheduler.schedule(0.0)
     assert step is not None
     made.abort("a")
     result = made.executor.poll(made.executor.submit(step))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tenon.engine import fast_forward
 from tenon.engine.config import EngineConfig
 from tenon.engine.executors.simulated import SimulatedExecutor, TrueTokens
 from tenon.engine.messages import Add
+from tenon.engine.policies.evict import Cached
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.simulate import Marks, Simulated, Simulation, device_cost, free_bytes
 from tenon.engine.simulated_view import timeline
@@ -71,12 +72,18 @@ def run(of: Trace, *, keep: bool = True, **more: Any) -> tuple[Simulated, list[b
 # -- fast-forward ----------------------------------------------------------------------------------------------
 
 
+def known(entry: Cached) -> tuple[Any, ...]:
+    """All that policies see of a block but its neighbours."""
+    return tuple(getattr(entry, field.name) for field in fields(entry) if field.name not in ("parent", "child"))
+
+
 def state_of(scheduler: Scheduler) -> dict[str, Any]:
     """All that later steps depend on, and all that was counted."""
     return {
         "counters": asdict(scheduler.counters),
         "pools": [
-            (list(p.ref), list(p._free), list(p._evict._idle), p._digest, p._tokens, list(p.stored), list(p.evicted))  # type: ignore[attr-defined]
+            (list(p.ref), list(p._free), [known(e) for e in p.entries], [known(e) for e in p.shadows.values()],
+             list(p.stored), list(p.evicted))
             for p in scheduler.pools
         ],
         "running": [
@@ -146,7 +153,7 @@ class Pair:
                 self.oracle.tell(seq.id, truth(seq.id))
 
     def plain(self, made: Scheduler) -> tuple[Step, list[Any]] | None:
-        step = made.schedule()
+        step = made.schedule(0.0)
         if step is None:
             return None
         return step, made.commit(step, self.executor.poll(self.executor.submit(step)))
@@ -164,7 +171,7 @@ class Pair:
                 most -= 1
                 continue
             n = 0
-            while n < most and stretch.reserve():
+            while n < most and stretch.reserve(0.0):
                 ours = self.plain(self.one)
                 assert ours is not None
                 shape = step_shape(ours[0].pos, ours[0].q_start, ours[0].n_outputs, (None, 24))
@@ -226,7 +233,7 @@ def test_log_probabilities_and_blocks_shared_by_siblings_are_left_to_the_schedul
     oracle.tell(0, truth(0))
     executor = SimulatedExecutor(lambda _: 1.0, oracle, VirtualClock(), device="d", dtype="t")
     executor.allocate((KVGroup("m", (0,), "full", None, 16, 1),) * 2, 60)
-    step = made.schedule()
+    step = made.schedule(0.0)
     assert step is not None
     (delta,) = made.commit(step, executor.poll(executor.submit(step)))
     assert np.isnan(delta.logprobs[0])
@@ -406,7 +413,7 @@ def test_the_executor_refuses_what_no_cost_model_can_answer() -> None:
     assert (executor.caps.name, executor.caps.device) == ("simulated", "d")
     made = scheduler()
     made.add(Add("r", (1, 2, 3), 5, 0))
-    step = made.schedule()
+    step = made.schedule(0.0)
     assert step is not None
     with pytest.raises(IntegrityError, match="was not told what sequence 0 answers"):
         executor.submit(step)

@@ -29,7 +29,7 @@ def scheduled() -> list[Step]:
     made, steps = hash_engine(12, max_step_tokens=25), []
     for i in range(4):
         made.add(Add(f"r{i}", tuple(range(20 + i)), 6, i, n=1 + i))
-    while (now := made.scheduler.schedule()) is not None:
+    while (now := made.scheduler.schedule(0.0)) is not None:
         steps.append(now)
         made.scheduler.commit(now, made.executor.poll(made.executor.submit(now)))
     assert any(len(group.moves) for s in steps for group in s.groups)
@@ -61,7 +61,7 @@ def test_packed_steps_come_back_whole() -> None:
 def test_an_unpacked_step_computes_the_same() -> None:
     ours, theirs = hash_engine(12), hash_engine(12)
     ours.add(Add("r", (1, 2, 3), 5, 0))
-    while (made := ours.scheduler.schedule()) is not None:
+    while (made := ours.scheduler.schedule(0.0)) is not None:
         result = ours.executor.poll(ours.executor.submit(made))
         again = theirs.executor.poll(theirs.executor.submit(Step.unpack(made.pack())))
         assert result.ids.tolist() == again.ids.tolist()

@@ -1,0 +1,26 @@
+"""Policies by the word that a config names them with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from tenon.engine.policies.asymcache import AsymCache
+from tenon.engine.policies.evict import Evict
+from tenon.engine.policies.latency import Gdsf, MaxScore, Pensieve, RandomCompute
+from tenon.engine.policies.recency import Arc, Lfu, Lru, Random, S3Fifo, TailLru
+
+POLICIES: Final[dict[str, Callable[[int], Evict]]] = {
+    "lru": lambda n_blocks: Lru(),
+    "lfu": lambda n_blocks: Lfu(),
+    "gdsf": lambda n_blocks: Gdsf(),
+    "s3fifo": S3Fifo,
+    "arc": Arc,
+    "t-lru": lambda n_blocks: TailLru(),
+    "pensieve": lambda n_blocks: Pensieve(),
+    "max-score": lambda n_blocks: MaxScore(),
+    "random": lambda n_blocks: Random(),
+    "random-compute": lambda n_blocks: RandomCompute(),
+    "asymcache": lambda n_blocks: AsymCache(),
+}
+"""Each takes the number of blocks of the pool."""
