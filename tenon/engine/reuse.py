@@ -6,7 +6,7 @@ is found is right wherever it is found.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from tenon.engine.blocks import BlockPool
 from tenon.engine.sequence import Seq
@@ -40,7 +40,7 @@ def runs_of(blocks: Iterable[int], block_tokens: int) -> list[tuple[int, int]]:
     return runs
 
 
-def turn_of(found: Mapping[int, Sequence[int]], pool: BlockPool) -> int:
+def turn_of(found: dict[int, list[int]], pool: BlockPool) -> int:
     """Which turn of a conversation the context is whose resident blocks were found: one more than that of the context
     it continues, or 1. It continues one if it has most of it in common, not a common beginning alone."""
     if not found:
