@@ -49,7 +49,8 @@ class AsymCache:
     CHANGE = 1.25
     """A lifespan off by less than this factor is kept: to change it makes both heaps anew."""
 
-    def __init__(self, lifespan_s: float = 600.0) -> None:
+    def __init__(self, lifespan_s: float = 600.0, learns: bool = True, adapts: bool = True) -> None:
+        self.learns, self.adapts = learns, adapts
         self._recent = _Recent(2048)
         self._idle: dict[int, Cached] = {}
         self._learn(lifespan_s)
@@ -75,9 +76,9 @@ class AsymCache:
         if recent.n_seen % self.REFIT:
             return
         longest = max(recent.percentile(0.99), 1.0)
-        if not 1 / self.CHANGE < longest / self.lifespan_s < self.CHANGE:
+        if self.learns and not 1 / self.CHANGE < longest / self.lifespan_s < self.CHANGE:
             self._learn(longest)
-        self.log_lambda = (recent.mean - self.tau0) / self.beta - recent.mean / self.alpha
+        if self.adapts: self.log_lambda = (recent.mean - self.tau0) / self.beta - recent.mean / self.alpha
 
     def stored(self, entry: Cached, now_s: float) -> None:
         if entry.away_s >= 0.0:

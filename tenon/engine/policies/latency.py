@@ -182,8 +182,10 @@ class RandomCompute(Random):
 
     def victim(self, now_s: float) -> Cached:
         follower = self._next
-        if follower is not None and self._place.get(follower.block) is not None:
-            return follower
+        if follower is not None:
+            place = self._place.get(follower.block)
+            if place is not None and self._entries[place] is follower:
+                return follower
         self._next = None
         if self._drawn is None and self._entries:
             for _ in range(self.TRIES):

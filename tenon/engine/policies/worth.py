@@ -1,0 +1,340 @@
+"""Ours: what a block is expected to save per second that it is kept.
+
+AsymCache weighs how likely a block is used again by what computing it once more takes. We keep that and learn the first
+factor from the traffic, where the publication assumes a shape whose hazard grows with age; that of real traffic falls.
+
+Reuse times are counted by class (turn of the conversation, number of uses) and age, from uses and from blocks that were
+not used again yet, evicted ones too: a sample of keys is followed whether resident or not, so what a policy evicts does
+not hide what it should have kept. From them follows, for each class and age, the Gittins index: the largest ratio,
+over all times to wait, of the probability of a use within that time to the time that the block will have been kept. A
+block that is worth little now and much in a minute, as one of a person who is typing, is thus not let go in between.
+The score of a block is that index times its recompute cost.
+
+Blocks of one class and age bucket differ only by cost: each such cell is a heap, and the victim is the best of their
+heads. What moves from bucket to bucket, as it ages, are runs: blocks of one context and class that were let go together.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+from zlib import crc32
+
+from tenon.engine.policies.evict import Cached, nothing_idle
+
+EDGES: Final = (0.0, *(2.0 ** (i / 2) for i in range(-2, 36)), float("inf"))
+"""Of the age buckets, in seconds: half powers of two from half a second to two days."""
+N_BUCKETS: Final = len(EDGES) - 1
+LAST_S: Final = 2.0
+"""Width of the last bucket over its start: it has no end."""
+
+TURNS: Final = 4
+USES: Final = 4
+N_CLASSES: Final = TURNS * USES
+
+
+def class_of(entry: Cached) -> int:
+    """Turn 1, 2, 3, 4 and more; used once, twice, three to five times, more often."""
+    uses = entry.n_uses
+    return TURNS * (uses - 1 if uses < 3 else 2 if uses < 6 else 3) + min(entry.turn, TURNS) - 1
+
+
+def bucket_of(age_s: float) -> int:
+    """The bucket that an age falls into."""
+    return max(0, bisect_right(EDGES, age_s) - 1)
+
+
+def gittins(returns: Sequence[float]) -> list[float]:
+    """Of each age bucket, from the probability to be used within bucket b of who has come to its start: the largest
+    ratio of the probability of a use to the expected seconds until it, or until one gives up, over all buckets to give
+    up after."""
+    widths = [b - a for a, b in pairwise(EDGES)]
+    widths[-1] = EDGES[-2] * (LAST_S - 1)
+    best = [0.0] * len(widths)
+    for start in range(len(widths)):
+        alive, used, waited = 1.0, 0.0, 0.0
+        for b in range(start, len(widths)):
+            p = returns[b]
+            used += alive * p
+            waited += alive * widths[b] * (1.0 - p / 2)
+            alive *= 1.0 - p
+            best[start] = max(best[start], used / waited)
+    return best
+
+
+class ReuseTimes:
+    """How long blocks of a class wait for their next use: counts of uses, and of those that still wait, by age.
+
+    One key of ``sample`` is followed, at most ``MOST`` at a time, each for ``horizon_s`` at least. Old counts fade. ``index`` holds the Gittins index of
+    each class and bucket, as of the last ``fit``.
+    """
+
+    MOST: Final = 16_384
+    FADE: Final = 0.8
+    """Of counts, per fit."""
+    PRIOR: Final = 24.0
+    """Observations that a class's neighbours, and all classes' guess, count as."""
+    GUESS: Final = 0.1
+    """Probability of a use in each bucket before anything is known: a hazard that falls as 1 / age."""
+
+    def __init__(self) -> None:
+        self._last: OrderedDict[bytes, tuple[float, int]] = OrderedDict()
+        self._used = [[0.0] * N_BUCKETS for _ in range(N_CLASSES)]
+        self._gone = [[0.0] * N_BUCKETS for _ in range(N_CLASSES)]
+        self.n_seen = 0
+        self.sample = 1
+        self.horizon_s = 3600.0
+        self.index = [gittins([self.GUESS] * N_BUCKETS)] * N_CLASSES
+
+    def see(self, key: bytes, kind: int, now_s: float) -> None:
+        """A use of a block that is of class ``kind`` from now on."""
+        self.n_seen += 1
+        if crc32(key) % self.sample:
+            return
+        before = self._last.pop(key, None)
+        if before is not None:
+            last_s, was = before
+            self._used[was][bucket_of(now_s - last_s)] += 1.0
+        self._last[key] = (now_s, kind)
+        if len(self._last) <= self.MOST:
+            return
+        if now_s - next(iter(self._last.values()))[0] > self.horizon_s:
+            last_s, was = self._last.popitem(last=False)[1]
+            self._gone[was][bucket_of(now_s - last_s)] += 1.0
+        else:  # fewer keys for longer
+            self.sample *= 2
+            self._last = OrderedDict((k, v) for k, v in self._last.items() if crc32(k) % self.sample == 0)
+
+    def fit(self, now_s: float) -> None:
+        """Look at the counts anew."""
+        waiting = [list(row) for row in self._gone]
+        for last_s, kind in self._last.values():
+            waiting[kind][bucket_of(now_s - last_s)] += 1.0
+        overall = _returns(_sums(self._used), _sums(waiting), None, self.PRIOR)
+        self.index = []
+        for kind in range(N_CLASSES):
+            uses = kind // TURNS
+            alike = range(uses * TURNS, uses * TURNS + TURNS)
+            used, left = _sums([self._used[k] for k in alike]), _sums([waiting[k] for k in alike])
+            near = _returns(used, left, overall, self.PRIOR)
+            self.index.append(gittins(_returns(self._used[kind], waiting[kind], near, self.PRIOR)))
+        for rows in (self._used, self._gone):
+            for row in rows:
+                row[:] = [self.FADE * n for n in row]
+
+
+def _sums(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def _returns(
+    used: Sequence[float], waiting: Sequence[float], prior: Sequence[float] | None, weight: float
+) -> list[float]:
+    """Of who comes to a bucket's start, the share used within it (Kaplan and Meier 1958), those who still wait in it
+    counted half; drawn to ``prior`` as if that were ``weight`` observations. Without a prior, to the share of the bucket
+    before: where nothing was seen yet, the hazard falls as 1 / age."""
+    beyond = sum(used) + sum(waiting)
+    found: list[float] = []
+    for b, (n_used, n_waiting) in enumerate(zip(used, waiting, strict=True)):
+        beyond -= n_used + n_waiting
+        near = prior[b] if prior is not None else found[-1] if found else ReuseTimes.GUESS
+        found.append((n_used + weight * near) / (max(beyond, 0.0) + n_used + n_waiting / 2 + weight))
+    return found
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """Blocks of one class that were let go together, the dearest first: they age alike. Some may have left since."""
+
+    kind: int
+    last_s: float
+    entries: list[Cached]
+    n_idle: int = 0
+    cell: int = -1
+
+
+class _Cell:
+    """The runs of one class and age bucket: a heap by their cheapest block, and a queue by age. Those that have left, or
+    whose cheapest block has, are put right when they come up."""
+
+    def __init__(self) -> None:
+        self.heap: list[tuple[float, int, _Run]] = []
+        self.queue: deque[_Run] = deque()
+
+
+class Worth:
+    """Score: Gittins index of the block's class and age x recompute cost. See the module.
+
+    ``RUN``: the victim's neighbour goes next as long as its score is not above the least by more than this factor, so
+    that what is missing of a context lies in few holes.
+    """
+
+    FIT_EVERY = 2048
+    """Uses seen between two fits, once there have been as many."""
+    RUN = 1.1
+    LOOK_S = 0.25
+    """Ages are looked at so often at most."""
+
+    def __init__(self) -> None:
+        self.times = ReuseTimes()
+        self.n_moves = 0
+        """Runs and blocks put into a heap or taken out, or looked at."""
+        self._index = [value for row in self.times.index for value in row]
+        """Of each cell."""
+        self._fit_at = 256
+        self._cells: dict[int, _Cell] = {}
+        self._place: dict[int, tuple[Cached, _Run]] = {}
+        """Of each idle block's number."""
+        self._open: _Run | None = None
+        """The run that is being let go; in no cell yet."""
+        self._order = 0
+        self._next_s = float("inf")
+        """When the first run comes to its next bucket."""
+        self._low, self._bar = -1, float("inf")
+        self._latest: _Run | None = None
+
+    def stored(self, entry: Cached, now_s: float) -> None:
+        self._see(entry, now_s)
+
+    def used(self, entry: Cached, now_s: float) -> None:
+        self._see(entry, now_s)
+
+    def _see(self, entry: Cached, now_s: float) -> None:
+        times = self.times
+        times.see(entry.key, class_of(entry), now_s)
+        if times.n_seen >= self._fit_at:
+            times.fit(now_s)
+            self._fit_at = times.n_seen + min(self.FIT_EVERY, times.n_seen)
+            self._index = [value for row in times.index for value in row]
+            self._low = -1
+
+    def idle(self, entry: Cached, now_s: float) -> None:
+        kind, run = class_of(entry), self._open
+        if run is None or run.last_s != entry.last_s or run.kind != kind or run.entries[-1].cost < entry.cost:
+            self._close(now_s)
+            run = self._open = _Run(kind, entry.last_s, [])
+        run.entries.append(entry)
+        run.n_idle += 1
+        self._place[entry.block] = entry, run
+
+    def _close(self, now_s: float) -> None:
+        run = self._open
+        if run is not None:
+            self._open = None
+            if run.n_idle:
+                self._put(run, bucket_of(now_s - run.last_s))
+
+    def _put(self, run: _Run, bucket: int) -> None:
+        cell = run.cell = run.kind * N_BUCKETS + bucket
+        at = self._cells.get(cell)
+        if at is None:
+            at = self._cells[cell] = _Cell()
+        at.queue.append(run)
+        self._push(at, run)
+        self._next_s = min(self._next_s, run.last_s + EDGES[bucket + 1])
+
+    def _push(self, at: _Cell, run: _Run) -> None:
+        """Into its cell's heap, by the cheapest block that is still there."""
+        while self._place.get(run.entries[-1].block) != (run.entries[-1], run):
+            run.entries.pop()
+        self._order += 1
+        cost = run.entries[-1].cost
+        heapq.heappush(at.heap, (cost, self._order, run))
+        self.n_moves += len(at.heap).bit_length()
+        if run.cell != self._low:
+            self._bar = min(self._bar, cost * self._index[run.cell])
+
+    def _head(self, cell: int) -> tuple[float, _Run] | None:
+        """The least cost of a cell and the run that it ends."""
+        at = self._cells[cell]
+        heap = at.heap
+        while heap:
+            cost, _, run = heap[0]
+            if run.cell == cell and run.n_idle:
+                entry = run.entries[-1]
+                if entry.cost == cost and self._place.get(entry.block) == (entry, run):
+                    return cost, run
+                heapq.heappop(heap)
+                self._push(at, run)
+            else:
+                heapq.heappop(heap)
+            self.n_moves += len(heap).bit_length()
+        return None
+
+    def _age(self, now_s: float) -> None:
+        """Move runs that have come to their next bucket."""
+        self._next_s = float("inf")
+        for cell in list(self._cells):
+            at, edge = self._cells[cell], EDGES[cell % N_BUCKETS + 1]
+            queue = at.queue
+            while queue:
+                run = queue[0]
+                is_here = run.cell == cell and run.n_idle > 0
+                if is_here and now_s - run.last_s < edge:
+                    self._next_s = min(self._next_s, run.last_s + edge)
+                    break
+                queue.popleft()
+                self.n_moves += 1
+                if is_here:
+                    self._put(run, bucket_of(now_s - run.last_s))
+            if not queue:
+                del self._cells[cell]
+        self._next_s = max(self._next_s, now_s + self.LOOK_S)
+
+    def busy(self, entry: Cached) -> None:
+        self._place.pop(entry.block)[1].n_idle -= 1
+
+    def victim(self, now_s: float) -> Cached:
+        self._close(now_s)
+        if now_s >= self._next_s:
+            self._age(now_s)
+        least, best = self._lowest()
+        run = self._latest
+        if run is not None and run.n_idle and run is not best:
+            entry = self._cheapest(run)
+            if entry.cost * self._index[run.cell] <= self.RUN * least:
+                return entry
+        return self._cheapest(best)
+
+    def _cheapest(self, run: _Run) -> Cached:
+        while self._place.get(run.entries[-1].block) != (run.entries[-1], run):
+            run.entries.pop()
+        return run.entries[-1]
+
+    def _lowest(self) -> tuple[float, _Run]:
+        """The least score and whose it is. All cells are looked at only when the lowest one's head has come to what was
+        then the second lowest score: others can but rise, save by who comes in, which ``_push`` looks at."""
+        if self._low in self._cells:
+            head = self._head(self._low)
+            if head is not None and head[0] * self._index[self._low] <= self._bar:
+                return head[0] * self._index[self._low], head[1]
+        self._low = -1
+        scores = []
+        for cell in self._cells:
+            head = self._head(cell)
+            self.n_moves += 1
+            if head is not None:
+                scores.append((head[0] * self._index[cell], cell, head[1]))
+        if not scores:
+            raise nothing_idle()
+        low = min(scores, key=lambda found: found[:2])
+        self._low = low[1]
+        self._bar = min((score for score, cell, _ in scores if cell != self._low), default=float("inf"))
+        return low[0], low[2]
+
+    def evicted(self, entry: Cached, now_s: float) -> None:
+        self._latest = self._place[entry.block][1]
+        self.busy(entry)
+
+    def score(self, entry: Cached, now_s: float) -> float:
+        """What it is expected to save per second: in the cost's unit."""
+        self._close(now_s)
+        return entry.cost * self._index[self._place[entry.block][1].cell]
+
+    def __len__(self) -> int:
+        return len(self._place)
