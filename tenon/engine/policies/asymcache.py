@@ -78,7 +78,8 @@ class AsymCache:
         longest = max(recent.percentile(0.99), 1.0)
         if self.learns and not 1 / self.CHANGE < longest / self.lifespan_s < self.CHANGE:
             self._learn(longest)
-        if self.adapts: self.log_lambda = (recent.mean - self.tau0) / self.beta - recent.mean / self.alpha
+        if self.adapts:
+            self.log_lambda = (recent.mean - self.tau0) / self.beta - recent.mean / self.alpha
 
     def stored(self, entry: Cached, now_s: float) -> None:
         if entry.away_s >= 0.0:

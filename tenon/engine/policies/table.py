@@ -9,6 +9,7 @@ from tenon.engine.policies.asymcache import AsymCache
 from tenon.engine.policies.evict import Evict
 from tenon.engine.policies.latency import Gdsf, MaxScore, Pensieve, RandomCompute
 from tenon.engine.policies.recency import Arc, Lfu, Lru, Random, S3Fifo, TailLru
+from tenon.engine.policies.tuned import Tuned
 from tenon.engine.policies.worth import Worth
 
 POLICIES: Final[dict[str, Callable[[int], Evict]]] = {
@@ -23,6 +24,8 @@ POLICIES: Final[dict[str, Callable[[int], Evict]]] = {
     "random": lambda n_blocks: Random(),
     "random-compute": lambda n_blocks: RandomCompute(),
     "asymcache": lambda n_blocks: AsymCache(),
+    "asymcache-fixed": lambda n_blocks: AsymCache(adapts=False),
     "worth": lambda n_blocks: Worth(),
+    "tuned": Tuned,
 }
 """Each takes the number of blocks of the pool."""

@@ -11,7 +11,9 @@ block that is worth little now and much in a minute, as one of a person who is t
 The score of a block is that index times its recompute cost.
 
 Blocks of one class and age bucket differ only by cost: each such cell is a heap, and the victim is the best of their
-heads. What moves from bucket to bucket, as it ages, are runs: blocks of one context and class that were let go together.
+heads. What moves from bucket to bucket, as it ages, are runs: blocks of a context and class that were let go together.
+
+Shapes: C classes (U uses x T turns), B age buckets.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final
 from zlib import crc32
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tenon.engine.policies.evict import Cached, nothing_idle
+
+Floats = NDArray[np.float64]
 
 EDGES: Final = (0.0, *(2.0 ** (i / 2) for i in range(-2, 36)), float("inf"))
 """Of the age buckets, in seconds: half powers of two from half a second to two days."""
@@ -49,29 +54,27 @@ def bucket_of(age_s: float) -> int:
     return max(0, bisect_right(EDGES, age_s) - 1)
 
 
-def gittins(returns: Sequence[float]) -> list[float]:
-    """Of each age bucket, from the probability to be used within bucket b of who has come to its start: the largest
+def gittins(returns_CB: Floats) -> Floats:
+    """(C, B) from the probability, for each class, to be used within bucket b of who has come to its start: the largest
     ratio of the probability of a use to the expected seconds until it, or until one gives up, over all buckets to give
     up after."""
-    widths = [b - a for a, b in pairwise(EDGES)]
-    widths[-1] = EDGES[-2] * (LAST_S - 1)
-    best = [0.0] * len(widths)
-    for start in range(len(widths)):
-        alive, used, waited = 1.0, 0.0, 0.0
-        for b in range(start, len(widths)):
-            p = returns[b]
-            used += alive * p
-            waited += alive * widths[b] * (1.0 - p / 2)
-            alive *= 1.0 - p
-            best[start] = max(best[start], used / waited)
-    return best
+    widths_B = np.diff(EDGES)
+    widths_B[-1] = EDGES[-2] * (LAST_S - 1)
+    best_CB = np.empty_like(returns_CB)
+    for start in range(returns_CB.shape[1]):
+        p = returns_CB[:, start:]
+        alive = np.cumprod(1.0 - p, axis=1)
+        alive = np.concatenate([np.ones((len(p), 1)), alive[:, :-1]], axis=1)
+        waited = np.cumsum(alive * widths_B[start:] * (1.0 - p / 2), axis=1)
+        best_CB[:, start] = (np.cumsum(alive * p, axis=1) / waited).max(axis=1)
+    return best_CB
 
 
 class ReuseTimes:
     """How long blocks of a class wait for their next use: counts of uses, and of those that still wait, by age.
 
-    One key of ``sample`` is followed, at most ``MOST`` at a time, each for ``horizon_s`` at least. Old counts fade. ``index`` holds the Gittins index of
-    each class and bucket, as of the last ``fit``.
+    One key of ``sample`` is followed, at most ``MOST`` at a time, each for ``horizon_s`` at least. Old counts fade.
+    ``index`` (C, B) holds the Gittins indices as of the last ``fit``.
     """
 
     MOST: Final = 16_384
@@ -84,12 +87,12 @@ class ReuseTimes:
 
     def __init__(self) -> None:
         self._last: OrderedDict[bytes, tuple[float, int]] = OrderedDict()
-        self._used = [[0.0] * N_BUCKETS for _ in range(N_CLASSES)]
-        self._gone = [[0.0] * N_BUCKETS for _ in range(N_CLASSES)]
+        self._used_CB = np.zeros((N_CLASSES, N_BUCKETS))
+        self._gone_CB = np.zeros((N_CLASSES, N_BUCKETS))
         self.n_seen = 0
         self.sample = 1
         self.horizon_s = 3600.0
-        self.index = [gittins([self.GUESS] * N_BUCKETS)] * N_CLASSES
+        self.index = gittins(np.full((N_CLASSES, N_BUCKETS), self.GUESS))
 
     def see(self, key: bytes, kind: int, now_s: float) -> None:
         """A use of a block that is of class ``kind`` from now on."""
@@ -99,52 +102,45 @@ class ReuseTimes:
         before = self._last.pop(key, None)
         if before is not None:
             last_s, was = before
-            self._used[was][bucket_of(now_s - last_s)] += 1.0
+            self._used_CB[was, bucket_of(now_s - last_s)] += 1.0
         self._last[key] = (now_s, kind)
         if len(self._last) <= self.MOST:
             return
         if now_s - next(iter(self._last.values()))[0] > self.horizon_s:
             last_s, was = self._last.popitem(last=False)[1]
-            self._gone[was][bucket_of(now_s - last_s)] += 1.0
+            self._gone_CB[was, bucket_of(now_s - last_s)] += 1.0
         else:  # fewer keys for longer
             self.sample *= 2
             self._last = OrderedDict((k, v) for k, v in self._last.items() if crc32(k) % self.sample == 0)
 
     def fit(self, now_s: float) -> None:
         """Look at the counts anew."""
-        waiting = [list(row) for row in self._gone]
-        for last_s, kind in self._last.values():
-            waiting[kind][bucket_of(now_s - last_s)] += 1.0
-        overall = _returns(_sums(self._used), _sums(waiting), None, self.PRIOR)
-        self.index = []
-        for kind in range(N_CLASSES):
-            uses = kind // TURNS
-            alike = range(uses * TURNS, uses * TURNS + TURNS)
-            used, left = _sums([self._used[k] for k in alike]), _sums([waiting[k] for k in alike])
-            near = _returns(used, left, overall, self.PRIOR)
-            self.index.append(gittins(_returns(self._used[kind], waiting[kind], near, self.PRIOR)))
-        for rows in (self._used, self._gone):
-            for row in rows:
-                row[:] = [self.FADE * n for n in row]
+        followed = np.array(list(self._last.values())).reshape(-1, 2)
+        buckets = np.searchsorted(EDGES, now_s - followed[:, 0], "right") - 1
+        cells = followed[:, 1].astype(np.int64) * N_BUCKETS + np.maximum(buckets, 0)
+        waiting_CB = self._gone_CB + np.bincount(cells, minlength=N_CLASSES * N_BUCKETS).reshape(N_CLASSES, N_BUCKETS)
+        used_UTB, waiting_UTB = (n.reshape(USES, TURNS, N_BUCKETS) for n in (self._used_CB, waiting_CB))
+        overall_1B = _returns(used_UTB.sum((0, 1))[None], waiting_UTB.sum((0, 1))[None], None, self.PRIOR)
+        near_UB = _returns(used_UTB.sum(1), waiting_UTB.sum(1), overall_1B, self.PRIOR)
+        prior_CB = np.repeat(near_UB, TURNS, axis=0)
+        self.index = gittins(_returns(self._used_CB, waiting_CB, prior_CB, self.PRIOR))
+        self._used_CB *= self.FADE
+        self._gone_CB *= self.FADE
 
 
-def _sums(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(column) for column in zip(*rows, strict=True)]
-
-
-def _returns(
-    used: Sequence[float], waiting: Sequence[float], prior: Sequence[float] | None, weight: float
-) -> list[float]:
-    """Of who comes to a bucket's start, the share used within it (Kaplan and Meier 1958), those who still wait in it
-    counted half; drawn to ``prior`` as if that were ``weight`` observations. Without a prior, to the share of the bucket
+def _returns(used_CB: Floats, waiting_CB: Floats, prior_CB: Floats | None, weight: float) -> Floats:
+    """(C, B) of who comes to a bucket's start, the share used within it (Kaplan and Meier 1958), who still waits in it
+    counted half; drawn to the prior as if that were ``weight`` observations. Without one, to the share of the bucket
     before: where nothing was seen yet, the hazard falls as 1 / age."""
-    beyond = sum(used) + sum(waiting)
-    found: list[float] = []
-    for b, (n_used, n_waiting) in enumerate(zip(used, waiting, strict=True)):
-        beyond -= n_used + n_waiting
-        near = prior[b] if prior is not None else found[-1] if found else ReuseTimes.GUESS
-        found.append((n_used + weight * near) / (max(beyond, 0.0) + n_used + n_waiting / 2 + weight))
-    return found
+    beyond_CB = np.cumsum((used_CB + waiting_CB)[:, ::-1], axis=1)[:, ::-1]
+    at_risk_CB = np.maximum(beyond_CB - waiting_CB / 2, used_CB) + weight
+    if prior_CB is not None:
+        return (used_CB + weight * prior_CB) / at_risk_CB
+    found_CB = np.empty_like(used_CB)
+    near_C = np.full(len(used_CB), ReuseTimes.GUESS)
+    for b in range(used_CB.shape[1]):
+        near_C = found_CB[:, b] = (used_CB[:, b] + weight * near_C) / at_risk_CB[:, b]
+    return found_CB
 
 
 @dataclass(slots=True, eq=False)
@@ -159,8 +155,8 @@ class _Run:
 
 
 class _Cell:
-    """The runs of one class and age bucket: a heap by their cheapest block, and a queue by age. Those that have left, or
-    whose cheapest block has, are put right when they come up."""
+    """The runs of one class and age bucket: a heap by their cheapest block, and a queue by age. Whoever has left, or
+    has lost its cheapest block, is put right when it comes up."""
 
     def __init__(self) -> None:
         self.heap: list[tuple[float, int, _Run]] = []
@@ -180,11 +176,13 @@ class Worth:
     LOOK_S = 0.25
     """Ages are looked at so often at most."""
 
-    def __init__(self) -> None:
-        self.times = ReuseTimes()
+    def __init__(self, times: ReuseTimes | None = None) -> None:
+        """``times``: those of another, who learns for both."""
+        self._learns = times is None
+        self.times = times or ReuseTimes()
         self.n_moves = 0
         """Runs and blocks put into a heap or taken out, or looked at."""
-        self._index = [value for row in self.times.index for value in row]
+        self._index = self.times.index.ravel().tolist()
         """Of each cell."""
         self._fit_at = 256
         self._cells: dict[int, _Cell] = {}
@@ -195,23 +193,23 @@ class Worth:
         self._order = 0
         self._next_s = float("inf")
         """When the first run comes to its next bucket."""
-        self._low, self._bar = -1, float("inf")
+        self._low, self._bar, self._floor = -1, float("inf"), 0.0
+        """The cell of the least score when all were looked at; what the second least was, and the least."""
         self._latest: _Run | None = None
 
     def stored(self, entry: Cached, now_s: float) -> None:
-        self._see(entry, now_s)
+        self.used(entry, now_s)
 
     def used(self, entry: Cached, now_s: float) -> None:
-        self._see(entry, now_s)
-
-    def _see(self, entry: Cached, now_s: float) -> None:
         times = self.times
-        times.see(entry.key, class_of(entry), now_s)
+        if self._learns:
+            times.see(entry.key, class_of(entry), now_s)
         if times.n_seen >= self._fit_at:
-            times.fit(now_s)
+            if self._learns:
+                times.fit(now_s)
             self._fit_at = times.n_seen + min(self.FIT_EVERY, times.n_seen)
-            self._index = [value for row in times.index for value in row]
-            self._low = -1
+            self._index = times.index.ravel().tolist()
+            self._low, self._floor = -1, 0.0
 
     def idle(self, entry: Cached, now_s: float) -> None:
         kind, run = class_of(entry), self._open
@@ -240,14 +238,15 @@ class Worth:
 
     def _push(self, at: _Cell, run: _Run) -> None:
         """Into its cell's heap, by the cheapest block that is still there."""
-        while self._place.get(run.entries[-1].block) != (run.entries[-1], run):
-            run.entries.pop()
         self._order += 1
-        cost = run.entries[-1].cost
+        cost = self._cheapest(run).cost
         heapq.heappush(at.heap, (cost, self._order, run))
         self.n_moves += len(at.heap).bit_length()
-        if run.cell != self._low:
-            self._bar = min(self._bar, cost * self._index[run.cell])
+        score = cost * self._index[run.cell]
+        if score < self._bar and run.cell != self._low:
+            self._bar = score
+        if score < self._floor:
+            self._floor = score
 
     def _head(self, cell: int) -> tuple[float, _Run] | None:
         """The least cost of a cell and the run that it ends."""
@@ -293,13 +292,14 @@ class Worth:
         self._close(now_s)
         if now_s >= self._next_s:
             self._age(now_s)
-        least, best = self._lowest()
         run = self._latest
-        if run is not None and run.n_idle and run is not best:
+        if run is not None and run.n_idle:
             entry = self._cheapest(run)
-            if entry.cost * self._index[run.cell] <= self.RUN * least:
+            score = entry.cost * self._index[run.cell]
+            # No score has fallen below the floor since all were looked at.
+            if score <= self.RUN * self._floor or score <= self.RUN * self._lowest()[0]:
                 return entry
-        return self._cheapest(best)
+        return self._cheapest(self._lowest()[1])
 
     def _cheapest(self, run: _Run) -> Cached:
         while self._place.get(run.entries[-1].block) != (run.entries[-1], run):
@@ -323,7 +323,7 @@ class Worth:
         if not scores:
             raise nothing_idle()
         low = min(scores, key=lambda found: found[:2])
-        self._low = low[1]
+        self._low, self._floor = low[1], low[0]
         self._bar = min((score for score, cell, _ in scores if cell != self._low), default=float("inf"))
         return low[0], low[2]
 
