@@ -251,3 +251,6 @@ class BlockPool:
                 raise IntegrityError(f"the index names block {entry.block} under a key that is not its own")
             if digest in self.shadows:
                 raise IntegrityError(f"block {entry.block} is resident and a shadow")
+            for other in (entry.parent, entry.child):
+                if other is not None and self._entry[other.block] is not other:
+                    raise IntegrityError(f"block {entry.block} has a neighbour that is not resident")
