@@ -31,7 +31,7 @@ BLOCK = 16
 CONTEXT = 8192
 SEED = 23
 R2, MAPE = 0.99, 0.15
-BLOCKS, POSITIONS = (2, 4, 8, 16, 32, 64), (0, 512, 1024, 2048, 4096, 6144, 7168)
+BLOCKS, POSITIONS = (2, 8, 24, 64), (0, 1024, 2048, 4096, 7168)
 FEW_BLOCKS, FEW_POSITIONS = (4, 32), (0, 2048, 6144)
 
 Hole = tuple[int, int]
@@ -138,10 +138,10 @@ CONTENDERS = {
 
 
 def cells(quick: bool) -> list[Cell]:
-    params = {"blocks": BLOCKS, "positions": POSITIONS, "held": 40}
+    params = {"blocks": BLOCKS, "positions": POSITIONS, "held": 20}
     few = {"blocks": FEW_BLOCKS, "positions": FEW_POSITIONS, "held": 4}
     # A sample warms every hole up by itself.
-    return [Cell("holes", few, 2, 0, sample_s=3.0) if quick else Cell("holes", params, 5, 0, sample_s=25.0)]
+    return [Cell("holes", few, 2, 0, sample_s=3.0) if quick else Cell("holes", params, 3, 0, sample_s=40.0)]
 
 
 def r_squared(found: NDArray[np.float64], predicted: NDArray[np.float64]) -> float:
