@@ -47,7 +47,9 @@ def chain_digest(secret: bytes, content: bytes) -> bytes:
 
 
 class BlockPool:
-    """Blocks of one group. Methods are O(1) besides the policy's; nothing here knows sequences."""
+    """Blocks of one group. Methods are O(1) besides the policy's, but for publishing and evicting, which tell a block's
+    resident followers: one, save where contexts part. Nothing here knows sequences.
+    """
 
     def __init__(
         self,
@@ -70,6 +72,10 @@ class BlockPool:
         self._entry_of: dict[bytes, Cached] = {}
         self._entry: list[Cached | None] = [None] * n_blocks
         self._content: list[bytes] = [b""] * n_blocks
+        self._parent: list[bytes] = [b""] * n_blocks
+        """The key before a published block's, resident or not."""
+        self._after: dict[bytes, dict[bytes, Cached]] = {}
+        """Resident blocks by the key before theirs and their own, in the order of their coming."""
         self.shadows: OrderedDict[bytes, Cached] = OrderedDict()
         self.n_stored = 0
         """Blocks ever published: what is not resident now can become so only by another of these."""
@@ -143,10 +149,8 @@ class BlockPool:
         shadow = self.shadows.pop(digest, None)
         if shadow is not None:
             entry.n_uses = shadow.n_uses + 1
-            entry.away_s = now_s - shadow.last_s
-        before = self._entry_of.get(parent)
-        if before is not None:
-            entry.parent, before.child = before, entry
+            entry.away_s, entry.away_turn = now_s - shadow.last_s, shadow.turn
+        self._link(entry, parent)
         self._entry_of[digest] = entry
         self._entry[block] = entry
         self._content[block] = content
@@ -187,16 +191,34 @@ class BlockPool:
         self.shadows.clear()
         self.evict = self._make_evict()
 
+    def _link(self, entry: Cached, parent: bytes) -> None:
+        """Between the block before it and those after it, whichever were stored first: a hole may be filled."""
+        self._parent[entry.block] = parent
+        self._after.setdefault(parent, {})[entry.key] = entry
+        before = self._entry_of.get(parent)
+        if before is not None:
+            entry.parent, before.child = before, entry
+        for child in self._after.get(entry.key, {}).values():
+            child.parent, entry.child = entry, child
+
+    def _unlink(self, entry: Cached) -> None:
+        parent = self._parent[entry.block]
+        siblings = self._after[parent]
+        del siblings[entry.key]
+        if entry.parent is not None:
+            entry.parent.child = next(reversed(siblings.values()), None)
+        if not siblings:
+            del self._after[parent]
+        for child in self._after.get(entry.key, {}).values():
+            child.parent = None
+        entry.parent = entry.child = None
+
     def _unpublish(self, entry: Cached) -> None:
         block = entry.block
         del self._entry_of[entry.key]
         self._entry[block] = None
         self._content[block] = b""
-        if entry.parent is not None and entry.parent.child is entry:
-            entry.parent.child = None
-        if entry.child is not None and entry.child.parent is entry:
-            entry.child.parent = None
-        entry.parent = entry.child = None
+        self._unlink(entry)
         self.evicted.append(entry.key)
 
     def _remember(self, entry: Cached) -> None:
@@ -229,3 +251,6 @@ class BlockPool:
                 raise IntegrityError(f"the index names block {entry.block} under a key that is not its own")
             if digest in self.shadows:
                 raise IntegrityError(f"block {entry.block} is resident and a shadow")
+            for other in (entry.parent, entry.child):
+                if other is not None and self._entry[other.block] is not other:
+                    raise IntegrityError(f"block {entry.block} has a neighbour that is not resident")

@@ -13,6 +13,7 @@ from tenon.base.errors import ConfigError, IntegrityError
 from tenon.engine.blocks import BlockPool, chain_digest, root_digest
 from tenon.engine.config import state_secret
 from tenon.engine.messages import Add
+from tenon.engine.policies.evict import Cached
 from tenon.engine.policies.recency import Lru
 from tests.engine.build import hash_engine, run
 
@@ -96,7 +97,7 @@ def test_forgetting_frees_idle_blocks_and_leaves_held_ones() -> None:
     p.check_integrity([np.array([held])])
 
 
-@pytest.mark.parametrize("spoil", ["ref", "null", "index", "lost"])
+@pytest.mark.parametrize("spoil", ["ref", "null", "index", "lost", "neighbour"])
 def test_integrity_names_what_is_off(spoil: str) -> None:
     p = pool()
     held, table = p.take(), np.array([1])
@@ -107,6 +108,9 @@ def test_integrity_names_what_is_off(spoil: str) -> None:
     elif spoil == "index":
         p.publish(held, b"a", b"tokens")
         p._entry[held] = None
+    elif spoil == "neighbour":
+        p.publish(held, b"a", b"tokens")
+        next(iter(p.entries)).parent = Cached(2, b"gone", 0, 1.0)
     else:
         p._free.pop()
     with pytest.raises(IntegrityError):

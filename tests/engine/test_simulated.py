@@ -23,6 +23,7 @@ from tenon.engine.config import EngineConfig
 from tenon.engine.executors.simulated import SimulatedExecutor, TrueTokens
 from tenon.engine.messages import Add
 from tenon.engine.policies.evict import Cached
+from tenon.engine.policies.table import POLICIES
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.simulate import Marks, Simulated, Simulation, device_cost, free_bytes
 from tenon.engine.simulated_view import timeline
@@ -105,6 +106,7 @@ CONFIGS = st.fixed_dictionaries(
         "max_step_tokens": st.sampled_from([3, 8, 50, 1000]),
         "max_preemptions": st.integers(0, 2),
         "prefix_cache": st.booleans(),
+        "evict": st.sampled_from(sorted(POLICIES)),
     }
 )
 

@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 from tenon.base.errors import ContextTooLong, Overloaded
 from tenon.engine.engine import Engine
 from tenon.engine.messages import Add
+from tenon.engine.policies.table import POLICIES
 from tests.engine.build import hash_engine, run
 
 VOCAB = 50
@@ -33,7 +34,7 @@ CONFIGS = st.fixed_dictionaries(
         "max_waiting": st.integers(2, 12),
         "prefix_cache": st.booleans(),
         "reuse": st.sampled_from(["blocks", "prefix"]),
-        "evict": st.sampled_from(["lru", "random"]),
+        "evict": st.sampled_from(sorted(POLICIES)),
         "block_tokens": st.sampled_from([16, 32]),
     }
 )

@@ -53,6 +53,7 @@ class AsymCache:
         self.learns, self.adapts = learns, adapts
         self._recent = _Recent(2048)
         self._idle: dict[int, Cached] = {}
+        self._slow, self._steep = Heap(), Heap()
         self._learn(lifespan_s)
 
     def _learn(self, lifespan_s: float) -> None:
@@ -61,14 +62,15 @@ class AsymCache:
         self.beta = self.alpha / self.RATIO
         self.tau0 = lifespan_s * (1.0 - 1.0 / self.RATIO)
         self.log_lambda = 0.0
-        self._slow, self._steep = Heap(), Heap()
-        for entry in self._idle.values():
-            self._push(entry)
+        idle = self._idle.values()
+        self._slow.refill((entry, self._slow_key(entry)) for entry in idle)
+        self._steep.refill((entry, self._steep_key(entry)) for entry in idle)
 
-    def _push(self, entry: Cached) -> None:
-        log_cost = math.log(entry.cost)
-        self._slow.push(entry, log_cost + entry.last_s / self.alpha)
-        self._steep.push(entry, log_cost + (entry.last_s + self.tau0) / self.beta)
+    def _slow_key(self, entry: Cached) -> float:
+        return math.log(entry.cost) + entry.last_s / self.alpha
+
+    def _steep_key(self, entry: Cached) -> float:
+        return math.log(entry.cost) + (entry.last_s + self.tau0) / self.beta
 
     def _reuse(self, age_s: float) -> None:
         recent = self._recent
@@ -86,11 +88,13 @@ class AsymCache:
             self._reuse(entry.away_s)
 
     def used(self, entry: Cached, now_s: float) -> None:
-        self._reuse(now_s - entry.last_s)
+        if entry.block in self._idle:
+            self._reuse(now_s - entry.last_s)
 
     def idle(self, entry: Cached, now_s: float) -> None:
         self._idle[entry.block] = entry
-        self._push(entry)
+        self._slow.push(entry, self._slow_key(entry))
+        self._steep.push(entry, self._steep_key(entry))
 
     def busy(self, entry: Cached) -> None:
         del self._idle[entry.block]

@@ -8,6 +8,7 @@ be evicted. It knows neither clock nor pool: whoever drives it says what time it
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +34,8 @@ class Cached:
     """Tokens of the context in which it was last used."""
     away_s: float = -1.0
     """Of a block stored anew: how long it had not been used then; negative for what nobody remembers."""
+    away_turn: int = 1
+    """Of a block stored anew: the turn of its use before that."""
     evicted_s: float = -1.0
     """Of a shadow: when it was evicted."""
     parent: Cached | None = None
@@ -48,7 +51,8 @@ class Evict(Protocol):
         ...
 
     def used(self, entry: Cached, now_s: float) -> None:
-        """A request takes it over. ``busy`` follows if it was idle; ``last_s`` is still that of the use before."""
+        """A request takes it over, idle or held by others. If it was idle, ``busy`` follows and ``last_s`` is still
+        that of the use before; if it was held, ``last_s`` is older than its last use."""
         ...
 
     def idle(self, entry: Cached, now_s: float) -> None:
@@ -118,6 +122,14 @@ class Heap:
             self._items = [item for item in self._items if self._live.get(item[2].block) == item[1]]
             heapq.heapify(self._items)
             self.n_moves += len(self._items)
+
+    def refill(self, entries: Iterable[tuple[Cached, float]]) -> None:
+        """Hold these under these keys and nothing else; of equal keys the first comes out first. O(n)."""
+        self._items = [(key, order, entry) for order, (entry, key) in enumerate(entries, self._order + 1)]
+        self._order += len(self._items)
+        self._live = {entry.block: order for _, order, entry in self._items}
+        heapq.heapify(self._items)
+        self.n_moves += len(self._items)
 
     def discard(self, entry: Cached) -> None:
         """Take out. Raises ``KeyError`` if it is not in."""

@@ -67,6 +67,9 @@ class _Lists:
     def __len__(self) -> int:
         return len(self._key_of)
 
+    def __contains__(self, entry: Cached) -> bool:
+        return entry.block in self._key_of
+
 
 class Pensieve(Quiet):
     """Pensieve (arXiv 2312.05516): recompute cost over idle time, so that beginnings of contexts go first.
@@ -123,8 +126,8 @@ class MaxScore:
         self._life_s = 60.0
 
     @classmethod
-    def _class(cls, entry: Cached) -> int:
-        return min(entry.turn, cls.CLASSES) - 1
+    def _class(cls, turn: int) -> int:
+        return min(turn, cls.CLASSES) - 1
 
     def _returned(self, kind: int, age_s: float) -> None:
         self._mean_s[kind] += self.WEIGHT * (age_s - self._mean_s[kind])
@@ -132,13 +135,14 @@ class MaxScore:
 
     def stored(self, entry: Cached, now_s: float) -> None:
         if entry.away_s >= 0.0:
-            self._returned(self._class(entry), entry.away_s)
+            self._returned(self._class(entry.away_turn), entry.away_s)
 
     def used(self, entry: Cached, now_s: float) -> None:
-        self._returned(self._class(entry), now_s - entry.last_s)
+        if entry in self._idle:
+            self._returned(self._class(entry.turn), now_s - entry.last_s)
 
     def idle(self, entry: Cached, now_s: float) -> None:
-        self._idle.add(self._class(entry), entry)
+        self._idle.add(self._class(entry.turn), entry)
 
     def busy(self, entry: Cached) -> None:
         self._idle.remove(entry)
@@ -149,12 +153,12 @@ class MaxScore:
     def evicted(self, entry: Cached, now_s: float) -> None:
         self._idle.remove(entry)
         self._life_s += self.WEIGHT * (now_s - entry.last_s - self._life_s)
-        kind = self._class(entry)
+        kind = self._class(entry.turn)
         self._share[kind] += self.WEIGHT * (0.0 - self._share[kind])
 
     def score(self, entry: Cached, now_s: float) -> float:
         """Probability of another use within a lifetime."""
-        kind = self._class(entry)
+        kind = self._class(entry.turn)
         mean_s, age_s = max(self._mean_s[kind], 1e-3), now_s - entry.last_s
         return self._share[kind] * math.exp(-age_s / mean_s) * -math.expm1(-max(self._life_s, 1e-3) / mean_s)
 

@@ -38,6 +38,9 @@ class Lru(Quiet):
     def __len__(self) -> int:
         return len(self._idle)
 
+    def __contains__(self, entry: Cached) -> bool:
+        return entry.block in self._idle
+
 
 class TailLru(Quiet):
     """T-LRU (arXiv 2510.15152): first the tails that a next turn can compute anew within its TTFT budget, then LRU.
@@ -99,11 +102,11 @@ class Lfu(Quiet):
         return len(self._heap)
 
 
-class S3Fifo(Quiet):
+class S3Fifo:
     """S3-FIFO (SOSP 2023): a small queue for newcomers, a main one for those used again, a ghost queue of keys.
 
     Blocks keep their place in a queue while they are held; a queue's head that is held leaves it and comes back at the
-    tail. ``capacity``: blocks of the pool.
+    tail of the main one. Uses of held blocks count too. ``capacity``: blocks of the pool.
     """
 
     SMALL_SHARE = 0.1
@@ -116,21 +119,28 @@ class S3Fifo(Quiet):
         self._main: deque[Cached] = deque()
         self._queue_of: dict[int, deque[Cached]] = {}
         self._uses: dict[int, int] = {}
+        self._new: set[int] = set()
+        """Stored and in no queue yet."""
         self._idle: set[int] = set()
         self._n_small = 0
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
+
+    def stored(self, entry: Cached, now_s: float) -> None:
+        self._uses[entry.block] = 0
+        self._new.add(entry.block)
+
+    def used(self, entry: Cached, now_s: float) -> None:
+        self._uses[entry.block] = min(self.MOST, self._uses[entry.block] + 1)
 
     def idle(self, entry: Cached, now_s: float) -> None:
         block = entry.block
         self._idle.add(block)
         if block in self._queue_of:
             return
-        if block not in self._uses:
-            self._uses[block] = 0
-            is_back = self._ghosts.pop(entry.key, 1) is None
-        else:
-            is_back = True  # was in a queue before it was held
-        self._append(self._main if is_back else self._small, entry)
+        is_new = block in self._new
+        self._new.discard(block)
+        is_back = self._ghosts.pop(entry.key, 1) is None
+        self._append(self._small if is_new and not is_back else self._main, entry)
 
     def _append(self, queue: deque[Cached], entry: Cached) -> None:
         queue.append(entry)
@@ -145,7 +155,6 @@ class S3Fifo(Quiet):
 
     def busy(self, entry: Cached) -> None:
         self._idle.remove(entry.block)
-        self._uses[entry.block] = min(self.MOST, self._uses[entry.block] + 1)
 
     def victim(self, now_s: float) -> Cached:
         if not self._idle:
@@ -183,10 +192,11 @@ class S3Fifo(Quiet):
         return len(self._idle)
 
 
-class Arc(Quiet):
+class Arc:
     """ARC (FAST 2003): used once and used again in two LRU lists, whose sizes follow the hits in their ghosts.
 
-    ``capacity``: blocks of the pool. Held blocks stand in neither list.
+    ``capacity``: blocks of the pool. Held blocks stand in neither list. As in the paper's Case IV, blocks used once and
+    their ghosts are no more than ``capacity`` together, and all four lists no more than twice that.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -197,21 +207,24 @@ class Arc(Quiet):
         self._target = 0.0
         """Of the blocks used once."""
         self._again_blocks: set[int] = set()
-        self._seen: set[int] = set()
+
+    def stored(self, entry: Cached, now_s: float) -> None:
+        once, again = len(self._ghosts_once), len(self._ghosts_again)
+        if entry.key in self._ghosts_once:
+            self._target = min(self._capacity, self._target + max(1.0, again / once))
+            del self._ghosts_once[entry.key]
+        elif entry.key in self._ghosts_again:
+            self._target = max(0.0, self._target - max(1.0, once / again))
+            del self._ghosts_again[entry.key]
+        else:
+            return
+        self._again_blocks.add(entry.block)
+
+    def used(self, entry: Cached, now_s: float) -> None:
+        if entry not in self._once:  # those in the list move when they leave it
+            self._again_blocks.add(entry.block)
 
     def idle(self, entry: Cached, now_s: float) -> None:
-        block = entry.block
-        if block not in self._seen:
-            self._seen.add(block)
-            once, again = len(self._ghosts_once), len(self._ghosts_again)
-            if entry.key in self._ghosts_once:
-                self._target = min(self._capacity, self._target + max(1.0, again / once))
-                del self._ghosts_once[entry.key]
-                self._again_blocks.add(block)
-            elif entry.key in self._ghosts_again:
-                self._target = max(0.0, self._target - max(1.0, once / again))
-                del self._ghosts_again[entry.key]
-                self._again_blocks.add(block)
         self._list(entry).idle(entry, now_s)
 
     def _list(self, entry: Cached) -> Lru:
@@ -229,12 +242,13 @@ class Arc(Quiet):
     def evicted(self, entry: Cached, now_s: float) -> None:
         was = self._list(entry)
         was.busy(entry)
-        self._seen.remove(entry.block)
         self._again_blocks.discard(entry.block)
-        ghosts = self._ghosts_once if was is self._once else self._ghosts_again
-        ghosts[entry.key] = None
-        if len(ghosts) > self._capacity:
-            ghosts.popitem(last=False)
+        ghosts_once, ghosts_again = self._ghosts_once, self._ghosts_again
+        (ghosts_once if was is self._once else ghosts_again)[entry.key] = None
+        if len(self._once) + len(ghosts_once) > self._capacity:
+            ghosts_once.popitem(last=False)
+        if len(self) + len(ghosts_once) + len(ghosts_again) > 2 * self._capacity:
+            ghosts_again.popitem(last=False)
 
     def score(self, entry: Cached, now_s: float) -> float:
         """Its last use."""
