@@ -83,8 +83,8 @@ def supersession(rng: Rng, capacity: int) -> Rows:
 
 def lifespan_shift(rng: Rng, capacity: int) -> Rows:
     """Returns after about a minute, and from the middle on after ten: what was learned is wrong."""
-    at_s, waiting = 0.0, []
-    n_new = 0
+    at_s, n_new = 0.0, 0
+    waiting: list[tuple[float, int]] = []
     for i in range(N_REQUESTS):
         at_s += float(rng.exponential(0.5 * CONTEXT * 120 / capacity))
         mean_s = 60.0 if i < N_REQUESTS // 2 else 600.0

@@ -84,16 +84,16 @@ class Tuned:
         self._fit_at = 256
 
     def stored(self, entry: Cached, now_s: float) -> None:
-        self._see(entry, now_s)
+        self._see(entry, now_s, waited=True)
         self._policy.stored(entry, now_s)
 
     def used(self, entry: Cached, now_s: float) -> None:
-        self._see(entry, now_s)
+        self._see(entry, now_s, waited=entry.block in self._idle)
         self._policy.used(entry, now_s)
 
-    def _see(self, entry: Cached, now_s: float) -> None:
+    def _see(self, entry: Cached, now_s: float, *, waited: bool) -> None:
         times = self.times
-        times.see(entry.key, class_of(entry), now_s)
+        times.see(entry.key, class_of(entry), now_s, waited=waited)
         if times.n_seen >= self._fit_at:
             times.fit(now_s)
             self._fit_at = times.n_seen + min(Worth.FIT_EVERY, times.n_seen)
@@ -127,6 +127,7 @@ class Tuned:
 
     def idle(self, entry: Cached, now_s: float) -> None:
         self._idle[entry.block] = entry
+        self.times.see(entry.key, class_of(entry), now_s, waited=False)
         self._policy.idle(entry, now_s)
 
     def busy(self, entry: Cached) -> None:

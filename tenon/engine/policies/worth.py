@@ -94,13 +94,14 @@ class ReuseTimes:
         self.horizon_s = 3600.0
         self.index = gittins(np.full((N_CLASSES, N_BUCKETS), self.GUESS))
 
-    def see(self, key: bytes, kind: int, now_s: float) -> None:
-        """A use of a block that is of class ``kind`` from now on."""
-        self.n_seen += 1
+    def see(self, key: bytes, kind: int, now_s: float, *, waited: bool) -> None:
+        """A use of a block that is of class ``kind`` from now on, or its end. ``waited``: whether nobody used it since
+        it was last seen."""
+        self.n_seen += waited
         if crc32(key) % self.sample:
             return
         before = self._last.pop(key, None)
-        if before is not None:
+        if before is not None and waited:
             last_s, was = before
             self._used_CB[was, bucket_of(now_s - last_s)] += 1.0
         self._last[key] = (now_s, kind)
@@ -198,12 +199,15 @@ class Worth:
         self._latest: _Run | None = None
 
     def stored(self, entry: Cached, now_s: float) -> None:
-        self.used(entry, now_s)
+        self._see(entry, now_s, waited=True)
 
     def used(self, entry: Cached, now_s: float) -> None:
+        self._see(entry, now_s, waited=entry.block in self._place)
+
+    def _see(self, entry: Cached, now_s: float, *, waited: bool) -> None:
         times = self.times
         if self._learns:
-            times.see(entry.key, class_of(entry), now_s)
+            times.see(entry.key, class_of(entry), now_s, waited=waited)
         if times.n_seen >= self._fit_at:
             if self._learns:
                 times.fit(now_s)
@@ -213,6 +217,8 @@ class Worth:
 
     def idle(self, entry: Cached, now_s: float) -> None:
         kind, run = class_of(entry), self._open
+        if self._learns:
+            self.times.see(entry.key, kind, now_s, waited=False)
         if run is None or run.last_s != entry.last_s or run.kind != kind or run.entries[-1].cost < entry.cost:
             self._close(now_s)
             run = self._open = _Run(kind, entry.last_s, [])
