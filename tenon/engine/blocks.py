@@ -103,7 +103,7 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """One more holder of a held block, which is not another request: a sibling."""
+        """One more holder of a held block that need not be published: a sibling, or who waits until it is computed."""
         self.ref[block] += 1
 
     def take_over(self, block: int, turn: int = 1) -> None:

@@ -33,6 +33,7 @@ CONFIGS = st.fixed_dictionaries(
         "max_waiting": st.integers(2, 12),
         "prefix_cache": st.booleans(),
         "reuse": st.sampled_from(["blocks", "prefix"]),
+        "pending": st.sampled_from(["share", "private"]),
         "evict": st.sampled_from(["lru", "random"]),
         "block_tokens": st.sampled_from([16, 32]),
     }
