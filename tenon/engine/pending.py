@@ -78,15 +78,15 @@ class Pending:
                 return n
         return len(seq.awaited)
 
-    def computed(self, seq: Seq) -> list[Seq]:
-        """What the sequence claimed below ``n_computed`` is there now, for its waiters too; who they are, once for each
-        block."""
-        waiters: list[Seq] = []
+    def computed(self, seq: Seq) -> list[tuple[int, Seq]]:
+        """What the sequence claimed below ``n_computed`` is there now, for its waiters too; each block with each of
+        them."""
+        waiters: list[tuple[int, Seq]] = []
         while seq.claimed and (seq.claimed[0] + 1) * seq.block_tokens <= seq.n_computed:
             i = seq.claimed.pop(0)
             for waiter in self._claims.pop(seq.digest(i)).waiters:
                 waiter.arrived(i)
-                waiters.append(waiter)
+                waiters.append((i, waiter))
         return waiters
 
     def leave(self, seq: Seq) -> None:

@@ -438,7 +438,9 @@ class Scheduler:
     def _hand_over(self, seq: Seq) -> None:
         """What the sequence has computed is there for those who waited for it."""
         size = self.config.block_tokens
-        for waiter in self.pending.computed(seq):
+        for i, waiter in self.pending.computed(seq):
+            for pool, table in zip(self.pools, seq.tables, strict=True):
+                pool.use(int(table[i]), waiter.turn)
             self.counters.pending_tokens += size
             if waiter.n_preempted == 0:
                 waiter.request.cached_tokens += size

@@ -130,6 +130,13 @@ def test_a_waiter_s_rows_are_in_the_step_that_computes_what_it_waits_for_and_not
     assert step.pos.tolist() == [*range(100, 150), *range(144, 150)]
 
 
+def test_policies_hear_of_those_who_waited() -> None:
+    made = engine()
+    run(made, [asked(name, prompt(0)) for name in "abc"])
+    for pool in made.scheduler.pools:
+        assert [entry.n_uses for entry in pool.entries] == [3] * 9
+
+
 def test_tenants_wait_for_nobody_else() -> None:
     adds = [asked(f"{i}", prompt(0), tenant="ab"[i % 2]) for i in range(4)]
     made = engine()
