@@ -20,7 +20,7 @@ from tenon.engine.messages import Add
 from tenon.engine.pending import Pending
 from tenon.engine.sequence import Seq
 from tenon.engine.step import Step
-from tests.engine.build import Labs, NamedScheduler, Outputs, hash_engine, run
+from tests.engine.build import Labs, Outputs, chunked, hash_engine, run
 from tests.engine.test_invariant import CASES
 from tests.engine.test_shared import VOCAB, asked, drive, prompt, right
 
@@ -33,20 +33,6 @@ class Rows(HashExecutor):
     def submit(self, step: Step) -> Any:
         np.add.at(self.at, step.pos, 1)
         return super().submit(step)
-
-
-class Chunked(NamedScheduler):
-    """At most ``chunk`` rows of a step are one sequence's, so that others come in while it is at its prompt."""
-
-    chunk = 1024
-
-    def _span_runs(self, seq: Seq, budget: int) -> int:
-        return super()._span_runs(seq, min(budget, self.chunk))
-
-
-def chunked(made: Engine, chunk: int) -> Engine:
-    made.scheduler.__class__, made.scheduler.chunk = Chunked, chunk  # type: ignore[attr-defined]
-    return made
 
 
 def engine(size: int = 16, n_tokens: int = 1600, chunk: int = 1024, **config: Any) -> Engine:
