@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from tenon.base.errors import ContextTooLong, Overloaded
 from tenon.engine.engine import Engine
 from tenon.engine.messages import Add
-from tests.engine.build import hash_engine, run
+from tests.engine.build import chunked, hash_engine, run
 
 VOCAB = 50
 PREFIXES = [tuple(np.random.default_rng(i).integers(0, VOCAB, 70).tolist()) for i in range(3)]
@@ -47,9 +47,9 @@ class Serving(RuleBasedStateMachine):
     n_steps = 0
     """Engine steps over all examples."""
 
-    @initialize(config=CONFIGS)
-    def start(self, config: dict[str, Any]) -> None:
-        self.engine = hash_engine(vocab_size=VOCAB, **config)
+    @initialize(config=CONFIGS, chunk=st.sampled_from([5, 16, 1024]))
+    def start(self, config: dict[str, Any], chunk: int) -> None:
+        self.engine = chunked(hash_engine(vocab_size=VOCAB, **config), chunk)
         self.adds: dict[str, Add] = {}
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
