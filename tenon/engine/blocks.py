@@ -109,7 +109,7 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """One more holder of a held block, which is not another request: a sibling."""
+        """One more holder of a held block that need not be published: a sibling, or who waits until it is computed."""
         self.ref[block] += 1
 
     def take_over(self, block: int, turn: int = 1) -> None:
@@ -117,12 +117,18 @@ class BlockPool:
         entry = self._entry[block]
         if entry is None:
             raise IntegrityError(f"block {block} is taken over but not published")
-        self.evict.used(entry, self.now_s)
+        self.use(block, turn)
         if self.ref[block] == 0:
             self.evict.busy(entry)
-        entry.n_uses += 1
-        entry.turn = turn
         self.ref[block] += 1
+
+    def use(self, block: int, turn: int = 1) -> None:
+        """Policies hear that one more request's context has this block, if it is published."""
+        entry = self._entry[block]
+        if entry is not None:
+            self.evict.used(entry, self.now_s)
+            entry.n_uses += 1
+            entry.turn = turn
 
     def release(self, block: int, length: int = 0) -> None:
         """One holder less, whose context has ``length`` tokens; the last one leaves it idle if published, else free."""

@@ -26,7 +26,8 @@ class EngineConfig:
     with all blocks it can ever need, and keeps them. ``numerics``: "invariant" promises that a row's bits do not
     depend on what else is in the step, and is refused where that cannot be kept; "fast" takes what there is.
     ``reuse``: which resident blocks of a context a request takes over: all of them, beyond holes too, or the leading
-    ones only, as most engines do.
+    ones only, as most engines do. ``pending``: whether blocks that a running request is computing are shared with
+    those that come with the same tokens meanwhile, who wait for them, or each computes its own.
     """
 
     model: str = "embedded"
@@ -43,6 +44,7 @@ class EngineConfig:
     max_preemptions: int = 3
     prefix_cache: bool = True
     reuse: Literal["blocks", "prefix"] = "blocks"
+    pending: Literal["share", "private"] = "share"
     evict: str = "lru"
     threads: int | None = None
     weights_seed: int | None = None
@@ -58,6 +60,7 @@ class EngineConfig:
         require(self.numerics in ("fast", "invariant"), "numerics", "'fast' or 'invariant'")
         require(self.block_tokens in BLOCK_TOKENS, "block_tokens", f"one of {BLOCK_TOKENS}")
         require(self.reuse in ("blocks", "prefix"), "reuse", "'blocks' or 'prefix'")
+        require(self.pending in ("share", "private"), "pending", "'share' or 'private'")
         require(self.evict in POLICIES, "evict", f"one of {', '.join(map(repr, POLICIES))}")
         for name in ("max_step_tokens", "max_sequences"):
             require(getattr(self, name) >= 1, name, "at least 1")

@@ -56,8 +56,8 @@ def begin(scheduler: Scheduler, truth: Truth, windows: Sequence[int | None]) -> 
 
 def _is_shut(scheduler: Scheduler) -> bool:
     """Whether who waits cannot come in however many blocks there are, as long as the same sequences run."""
-    slots = [1 if seq.request.forked else seq.request.add.n for seq in (scheduler.waiting[0], *scheduler.running)]
-    return sum(slots) > scheduler.config.max_sequences or len(scheduler.running) == scheduler.config.max_step_tokens
+    n_slots = sum(seq.n_slots for seq in (scheduler.waiting[0], *scheduler.running))
+    return n_slots > scheduler.config.max_sequences or len(scheduler.running) == scheduler.config.max_step_tokens
 
 
 def _is_plain(seq: Seq, scheduler: Scheduler) -> bool:

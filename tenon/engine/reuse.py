@@ -9,13 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from tenon.engine.blocks import BlockPool
+from tenon.engine.pending import Pending
 from tenon.engine.sequence import Seq
 
 
-def resident(seq: Seq, pools: Sequence[BlockPool], *, gaps: bool) -> dict[int, list[int]]:
-    """By position block, in order, the blocks of each group where all groups have one; without ``gaps`` up to the first
-    miss. The position whose logits are wanted counts as not resident. Nothing is held for the caller yet."""
+def resident(
+    seq: Seq, pools: Sequence[BlockPool], pending: Pending, *, gaps: bool
+) -> tuple[dict[int, list[int]], dict[int, Seq]]:
+    """By position block, in order, the blocks of each group where all groups have one; and who computes those that are
+    missing but pending. Without ``gaps`` up to the first that is neither. The position whose logits are wanted counts
+    as not resident. Nothing is held for the caller yet."""
     found: dict[int, list[int]] = {}
+    awaited: dict[int, Seq] = {}
     for i in range((seq.n_tokens - 1) // seq.block_tokens):
         digest = seq.digest(i)
         if all(pool.knows(digest) for pool in pools):
@@ -24,9 +29,30 @@ def resident(seq: Seq, pools: Sequence[BlockPool], *, gaps: bool) -> dict[int, l
             if len(hits) == len(pools):
                 found[i] = hits
                 continue
-        if not gaps:
+        owner = pending.owner(seq, i)
+        if owner is not None:
+            awaited[i] = owner
+        elif not gaps:
             break
-    return found
+    return found, awaited
+
+
+def hold(
+    seq: Seq, pools: Sequence[BlockPool], cached: dict[int, list[int]], awaited: dict[int, Seq], n_blocks: int
+) -> None:
+    """``n_blocks`` blocks of each group for the sequence: those that ``resident`` found, the rest of its own. All that
+    was found is held before anything is taken: taking evicts."""
+    for group, (pool, table) in enumerate(zip(pools, seq.tables, strict=True)):
+        for i, blocks in cached.items():
+            pool.take_over(blocks[group], seq.turn)
+            table[i] = blocks[group]
+        for i, owner in awaited.items():
+            table[i] = owner.tables[group][i]
+            pool.share(int(table[i]))
+        for i in range(n_blocks):
+            if i not in cached and i not in awaited:
+                table[i] = pool.take()
+    seq.n_blocks = n_blocks
 
 
 def runs_of(blocks: Iterable[int], block_tokens: int) -> list[tuple[int, int]]:

@@ -11,7 +11,6 @@ all blocks it can ever need are free, takes them at once, and is left alone: pre
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -20,32 +19,19 @@ from tenon.base.errors import ContextTooLong, IntegrityError, Overloaded, Reques
 from tenon.engine.assemble import Assembler, Span
 from tenon.engine.blocks import DIGEST_BYTES, BlockPool, root_digest
 from tenon.engine.config import EngineConfig
+from tenon.engine.counters import Counters
 from tenon.engine.lane import Lane
 from tenon.engine.messages import Accepted, Add, Delta
+from tenon.engine.pending import Pending
 from tenon.engine.policies.table import POLICIES
 from tenon.engine.recompute import CostOf
-from tenon.engine.reuse import resident, runs_of, turn_of
+from tenon.engine.reuse import hold, resident, runs_of, turn_of
 from tenon.engine.sequence import Request, Seq, State
 from tenon.engine.step import Step, StepResult
 from tenon.models.spec import KVGroup
 
 RUNNING = State.RUNNING  # looked up for each sequence in each step, which an Enum makes slow
 NOBODY: list[Seq] = []
-
-
-@dataclass
-class Counters:
-    """Only ever grow."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    holes: int = 0
-    """Of requests as they came in: runs that had to be computed although what comes after them was resident."""
-    preemptions: int = 0
-    started: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -77,6 +63,7 @@ class Scheduler:
         self.waiting: list[Seq] = []
         self.running: list[Seq] = []
         self.counters = Counters()
+        self.pending = Pending()
         self._secret = secret
         self._order = 0
         self._next_seq = 0
@@ -172,6 +159,7 @@ class Scheduler:
                 return self._assembler.further(self.counters.steps, self.weights_version, lane.tok_S, lane.start_S)
             return self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
         self.leave_lane()
+        self.pending.begin_step()
         budget, size = self.config.max_step_tokens, self.config.block_tokens
         self._spans, self._moves = [], []
         n_preempted = self.counters.preemptions
@@ -179,23 +167,20 @@ class Scheduler:
         prefills: list[Seq] = []
         for seq in self.running:
             (decodes if seq.is_decoding else prefills).append(seq)
-        for seq in (*decodes, *prefills):
+        for seq in decodes:
             if budget == 0:
                 break
             if seq.state is not RUNNING:
                 continue
-            if seq.ahead:  # its blocks were taken when it came in
+            fits = seq.n_tokens <= seq.n_blocks * size and not seq.may_share  # all but always, so it is seen here
+            if fits or self._reserve(seq, seq.n_tokens):
+                self._spans.append(Span(seq, seq.n_computed, 1, seq.heirs))
+                budget -= 1
+        for seq in prefills:  # their blocks were taken when they came in
+            if budget == 0:
+                break
+            if seq.state is RUNNING:
                 budget -= self._span_runs(seq, budget)
-                continue
-            start, n = seq.n_computed, seq.n_tokens - seq.n_computed
-            targets = seq.heirs
-            if n > budget:
-                n, targets = budget, NOBODY
-            fits = start + n <= seq.n_blocks * size and not seq.may_share  # all but always, so it is seen here
-            if not fits and not self._reserve(seq, start + n):
-                continue
-            self._spans.append(Span(seq, start, n, targets))
-            budget -= n
         if self.counters.preemptions == n_preempted:
             self._admit(budget)
         if not self._spans:
@@ -215,7 +200,7 @@ class Scheduler:
     def _admit(self, budget: int) -> None:
         while self.waiting and budget > 0:
             seq = self.waiting[0]
-            if self.running and self._n_slots(seq) + sum(map(self._n_slots, self.running)) > self.config.max_sequences:
+            if self.running and sum(s.n_slots for s in (seq, *self.running)) > self.config.max_sequences:
                 return
             if not self._enter(seq):
                 return
@@ -223,63 +208,56 @@ class Scheduler:
             budget -= self._span_runs(seq, budget)
 
     def _span_runs(self, seq: Seq, budget: int) -> int:
-        """Spans of what the sequence has to compute next, at most ``budget`` rows of it; returns how many they are."""
+        """Spans of what the sequence can compute next, at most ``budget`` rows of it; returns how many they are."""
         n_rows = 0
-        for start, n in seq.runs(budget):
+        for start, n in self.pending.runs(seq, budget):
             self._spans.append(Span(seq, start, n, seq.heirs if start + n == seq.n_tokens else NOBODY))
             n_rows += n
         return n_rows
 
-    @staticmethod
-    def _n_slots(seq: Seq) -> int:
-        """Sequences that this one stands for: its siblings wait for the prompt that it computes."""
-        return 1 if seq.request.forked else seq.request.add.n
-
     def _enter(self, seq: Seq) -> bool:
-        """Match what is resident, take blocks for all tokens known (or ever possible, if preempted often), run.
-
-        All that matches is held before anything is taken: taking evicts.
-        """
+        """Match what is resident or pending, take blocks for all tokens known (or ever possible, if preempted often),
+        run."""
+        config, size = self.config, self.config.block_tokens
         last = len(seq.tokens) if seq.n_preempted >= self.config.max_preemptions else seq.n_tokens
-        n_blocks = -(-last // self.config.block_tokens)
+        n_blocks = -(-last // size)
         if seq.looked_up is not None:
-            n_hits, n_stored = seq.looked_up
-            n_hits += self._n_stored() - n_stored  # all that was published since may be a hit
+            n_hits, n_offered = seq.looked_up
+            n_hits += self._n_offered() - n_offered  # all that was published or claimed since may be a hit
             if n_blocks - n_hits > min(pool.n_available for pool in self.pools):
                 return False
-        config = self.config
-        cached = resident(seq, self.pools, gaps=config.reuse == "blocks") if config.prefix_cache else {}
-        seq.looked_up = len(cached), self._n_stored()
+        gaps = config.reuse == "blocks"
+        cached, awaited = resident(seq, self.pools, self.pending, gaps=gaps) if config.prefix_cache else ({}, {})
+        seq.looked_up = len(cached) + len(awaited), self._n_offered()
         # Matched idle blocks count as available until they are held.
         for group, pool in enumerate(self.pools):
-            if n_blocks - sum(pool.ref[blocks[group]] > 0 for blocks in cached.values()) > pool.n_available:
+            n_held = len(awaited) + sum(pool.ref[blocks[group]] > 0 for blocks in cached.values())
+            if n_blocks - n_held > pool.n_available:
                 return False
         seq.turn = turn_of(cached, self.pools[0])
-        for group, (pool, table) in enumerate(zip(self.pools, seq.tables, strict=True)):
-            for i, blocks in cached.items():
-                pool.take_over(blocks[group], seq.turn)
-                table[i] = blocks[group]
-            for i in range(n_blocks):
-                if i not in cached:
-                    table[i] = pool.take()
-        seq.n_blocks = n_blocks
-        seq.ahead = runs_of(cached, config.block_tokens)
+        hold(seq, self.pools, cached, awaited, n_blocks)
+        seq.ahead = runs_of(cached, size)
         seq.computed_to(0)
-        seq.n_published = seq.n_computed // self.config.block_tokens
+        seq.n_published = seq.n_computed // size
+        seq.may_share = False
+        if config.prefix_cache and config.pending == "share":
+            own = (i for i in range(seq.n_tokens // size) if i not in cached and i not in awaited)
+            self.pending.enter(seq, awaited, own)
         seq.pinned = seq.n_preempted >= self.config.max_preemptions
         seq.state = RUNNING
         self.leave_lane()
         self.running.append(seq)
         self.running.sort(key=lambda s: (s.request.order, s.index))
         if seq.n_preempted == 0:
-            seq.request.cached_tokens = len(cached) * self.config.block_tokens
+            seq.request.cached_tokens = len(cached) * size
             self.counters.prompt_tokens += seq.n_prompt
             self.counters.cached_tokens += seq.request.cached_tokens
-            self.counters.holes += len(seq.ahead)
+            taken = runs_of(sorted((*cached, *awaited)), size)
+            self.counters.holes += sum(start > 0 for start, _ in taken)
         return True
 
-    def _n_stored(self) -> int:
-        return sum(pool.n_stored for pool in self.pools)
+    def _n_offered(self) -> int:
+        return self.pending.n_claimed + sum(pool.n_stored for pool in self.pools)
 
     def _reserve(self, seq: Seq, n_tokens: int) -> bool:
         """Blocks for positions up to ``n_tokens``, the one written next private; preempts later arrivals for it."""
@@ -328,6 +306,7 @@ class Scheduler:
 
     def _preempt(self, seq: Seq) -> None:
         self.leave_lane()
+        self.pending.leave(seq)
         self._release(seq)
         self.running.remove(seq)
         seq.state = State.WAITING
@@ -350,14 +329,18 @@ class Scheduler:
         row = n_new = 0
         for span in self._spans:
             seq, targets = span.seq, span.targets
-            if seq.state is not RUNNING or seq.id in failed:
+            fails = seq.id in failed
+            # Where somebody who was to compute what is below these rows in this step did not, they come to nothing.
+            if seq.state is not RUNNING or fails or span.start != seq.n_computed:
                 row += len(targets)
-                if seq.state is RUNNING:
+                if fails and seq.state is RUNNING:
                     deltas.extend(self._fail(seq.request, failed[seq.id]))
                 continue
             seq.computed_to(span.start + span.n)
             if seq.n_computed >= (seq.n_published + 1) * size:
                 self._publish(seq)
+            if seq.claimed:
+                self._hand_over(seq)
             if len(targets) > 1:
                 self._fork(seq)
             for target in targets:
@@ -452,6 +435,17 @@ class Scheduler:
                 pool.publish(int(table[i]), digest, content, i * pool.block_tokens, content[:DIGEST_BYTES], seq.turn)
             seq.n_published = i + 1
 
+    def _hand_over(self, seq: Seq) -> None:
+        """What the sequence has computed is there for those who waited for it."""
+        size = self.config.block_tokens
+        for i, waiter in self.pending.computed(seq):
+            for pool, table in zip(self.pools, seq.tables, strict=True):
+                pool.use(int(table[i]), waiter.turn)
+            self.counters.pending_tokens += size
+            if waiter.n_preempted == 0:
+                waiter.request.cached_tokens += size
+                self.counters.cached_tokens += size
+
     # -- endings --------------------------------------------------------------------------------------------
 
     def _release(self, seq: Seq) -> None:
@@ -463,6 +457,7 @@ class Scheduler:
     def _leave(self, seq: Seq) -> None:
         if seq.state is RUNNING:
             self.leave_lane()
+            self.pending.leave(seq)
             self._release(seq)
             self.running.remove(seq)
         elif seq in self.waiting:
@@ -478,6 +473,7 @@ class Scheduler:
         holders = [seq for request in self.requests.values() for seq in request.seqs if seq.n_blocks]
         for group, pool in enumerate(self.pools):
             pool.check_integrity([seq.tables[group][: seq.n_blocks] for seq in holders])
+        self.pending.check_integrity(self.running)
         if {s.id for s in self.running} != {s.id for s in holders}:
             raise IntegrityError("the sequences that run are not those that hold blocks")
         if any(seq.n_computed >= seq.n_tokens or seq.state is not RUNNING for seq in self.running):

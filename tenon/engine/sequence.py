@@ -10,6 +10,7 @@ preemption. The last token's logits give the next one.
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -40,6 +41,10 @@ class Seq:
         self.n_computed = 0
         self.ahead: list[tuple[int, int]] = []
         """Runs of positions [start, end) beyond ``n_computed`` that are resident already, in order."""
+        self.awaited: list[int] = []
+        """Position blocks in its tables that another running sequence is going to compute, in order."""
+        self.claimed: list[int] = []
+        """Position blocks that it is going to compute and others may wait for, in order."""
         self.looked_up: tuple[int, int] | None = None
         """While it waits in vain: resident blocks when it was last looked up, and blocks ever published by then."""
         self.block_tokens = block_tokens
@@ -61,16 +66,29 @@ class Seq:
     def n_output(self) -> int:
         return self.n_tokens - self.n_prompt
 
-    def runs(self, budget: int) -> list[tuple[int, int]]:
-        """(start, n) of what is to be computed next, at most ``budget`` rows: holes in order, then the tail."""
+    @property
+    def n_slots(self) -> int:
+        """Sequences that this one stands for: its siblings wait for the prompt that it computes."""
+        return 1 if self.request.forked else self.request.add.n
+
+    def runs(self, budget: int, n_coming: int = 0) -> list[tuple[int, int]]:
+        """(start, n) of what is to be computed next, at most ``budget`` rows: holes in order, then the tail.
+
+        The first ``n_coming`` awaited blocks count as resident; nothing is computed beyond the one after them.
+        """
+        size, skipped, limit = self.block_tokens, self.ahead, self.n_tokens
+        if n_coming:
+            skipped = sorted((*skipped, *((i * size, (i + 1) * size) for i in self.awaited[:n_coming])))
+        if n_coming < len(self.awaited):
+            limit = self.awaited[n_coming] * size
         found: list[tuple[int, int]] = []
         at = self.n_computed
-        for start, end in (*self.ahead, (self.n_tokens, self.n_tokens)):
-            n = min(start - at, budget)
+        for start, end in (*skipped, (limit, limit)):
+            n = min(min(start, limit) - at, budget)
             if n:
                 found.append((at, n))
             budget -= n
-            if budget == 0:
+            if budget == 0 or start >= limit:
                 break
             at = end
         return found
@@ -80,6 +98,12 @@ class Seq:
         self.n_computed = end
         while self.ahead and self.ahead[0][0] == self.n_computed:
             self.n_computed = self.ahead.pop(0)[1]
+
+    def arrived(self, i: int) -> None:
+        """Position block ``i``, which was awaited, is resident."""
+        self.awaited.remove(i)
+        insort(self.ahead, (i * self.block_tokens, (i + 1) * self.block_tokens))
+        self.computed_to(self.n_computed)
 
     @property
     def is_decoding(self) -> bool:

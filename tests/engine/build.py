@@ -23,6 +23,7 @@ from tenon.engine.executors.hash import HashExecutor
 from tenon.engine.executors.torch import TorchExecutor
 from tenon.engine.messages import Add
 from tenon.engine.scheduler import Scheduler
+from tenon.engine.sequence import Seq
 from tenon.engine.step import SAMPLE, GroupStep, Params, Step
 from tenon.models.checkpoint import load_decoder
 from tenon.models.spec import KVGroup
@@ -147,6 +148,21 @@ class NamedScheduler(Scheduler):
         self.__dict__.setdefault("sequence_of", {})
         self.sequence_of.update((s.id, (add.request_id, s.index)) for s in self.requests[add.request_id].seqs)
         return accepted
+
+
+class Chunked(NamedScheduler):
+    """At most ``chunk`` rows of a step are one sequence's, so that others come in while it is at its prompt."""
+
+    chunk: int
+
+    def _span_runs(self, seq: Seq, budget: int) -> int:
+        return super()._span_runs(seq, min(budget, self.chunk))
+
+
+def chunked(made: Engine, chunk: int) -> Engine:
+    """The same engine, its scheduler ``Chunked``."""
+    made.scheduler.__class__, made.scheduler.chunk = Chunked, chunk  # type: ignore[attr-defined]
+    return made
 
 
 def engine(

@@ -27,6 +27,7 @@ BLOCK = 2 * 4 * 32 * 2 * 16
         ("block_tokens", 17),
         ("evict", "mru"),
         ("reuse", "suffix"),
+        ("pending", "maybe"),
         ("max_step_tokens", 0),
         ("max_sequences", 0),
         ("max_waiting", -1),

@@ -18,7 +18,7 @@ from tenon.engine.engine import Engine
 from tenon.engine.executors.hash import HashExecutor
 from tenon.engine.messages import Add, Delta
 from tenon.engine.policies.table import POLICIES
-from tests.engine.build import Outputs, hash_engine, run
+from tests.engine.build import Outputs, chunked, hash_engine, run
 from tests.engine.test_blocks import Colliding
 from tests.engine.test_holes import VOCAB, turns
 
@@ -86,10 +86,10 @@ def asked(name: str, tokens: tuple[int, ...], **wishes: Any) -> Add:
     return Add(name, tokens, 6, 5, temperature=0.8, **wishes)
 
 
-def worn(size: int, budget: int, seed: int = 0, n_blocks: int = 2 * POOL) -> Engine:
-    """An engine that served ``prompt(seed)`` and lost about half of its blocks since."""
-    made = small(size, max_step_tokens=budget, n_blocks=n_blocks * 16 // size)
-    drive(made, {0: [asked("earlier", prompt(seed))]})
+def worn(size: int, budget: int, n_blocks: int = 2 * POOL, *, chunk: int = 1024) -> Engine:
+    """An engine that served ``prompt(0)`` and lost about half of its blocks since."""
+    made = chunked(small(size, max_step_tokens=budget, n_blocks=n_blocks * 16 // size), chunk)
+    drive(made, {0: [asked("earlier", prompt(0))]})
     wear(made, 75 // size)
     return made
 
@@ -105,6 +105,21 @@ def test_a_prefix_that_is_in_flight_twice(size: int, budget: int) -> None:
         third = msgspec.structs.replace(first, request_id="third")
         assert drive(made, {0: [first], delay: [second, third]})[0] == wanted
         assert made.scheduler.counters.holes > 1
+
+
+@pytest.mark.parametrize("chunk", [3, 16, 37])
+@pytest.mark.parametrize("size", SIZES)
+def test_holes_that_are_being_filled_are_waited_for(size: int, chunk: int) -> None:
+    """The first is at a hole when others come, who have the blocks beyond it already; the first may leave meanwhile."""
+    adds = [asked(name, prompt(0)) for name in ("first", "second", "third")]
+    wanted = right(adds)
+    for cut in range(1, 80 // chunk + 2, max(1, 9 // chunk)):
+        for gone in ([], ["first"]):
+            made = worn(size, 1024, chunk=chunk)
+            outputs, _ = drive(made, {0: adds[:1], 1: adds[1:]}, {cut: gone})
+            assert all(outputs.get(key, tokens) == tokens for key, tokens in wanted.items() if key[0] not in gone)
+            assert {key[0] for key in outputs} >= {"second", "third"}
+            assert made.scheduler.counters.pending_tokens > 0
 
 
 @pytest.mark.parametrize("budget", [5, 16])

@@ -21,7 +21,7 @@ from tenon.base.errors import ContextTooLong, Overloaded
 from tenon.engine.engine import Engine
 from tenon.engine.messages import Add
 from tenon.engine.policies.table import POLICIES
-from tests.engine.build import hash_engine, run
+from tests.engine.build import chunked, hash_engine, run
 
 VOCAB = 50
 PREFIXES = [tuple(np.random.default_rng(i).integers(0, VOCAB, 70).tolist()) for i in range(3)]
@@ -34,6 +34,7 @@ CONFIGS = st.fixed_dictionaries(
         "max_waiting": st.integers(2, 12),
         "prefix_cache": st.booleans(),
         "reuse": st.sampled_from(["blocks", "prefix"]),
+        "pending": st.sampled_from(["share", "private"]),
         "evict": st.sampled_from(sorted(POLICIES)),
         "block_tokens": st.sampled_from([16, 32]),
     }
@@ -47,9 +48,9 @@ class Serving(RuleBasedStateMachine):
     n_steps = 0
     """Engine steps over all examples."""
 
-    @initialize(config=CONFIGS)
-    def start(self, config: dict[str, Any]) -> None:
-        self.engine = hash_engine(vocab_size=VOCAB, **config)
+    @initialize(config=CONFIGS, chunk=st.sampled_from([5, 16, 1024]))
+    def start(self, config: dict[str, Any], chunk: int) -> None:
+        self.engine = chunked(hash_engine(vocab_size=VOCAB, **config), chunk)
         self.adds: dict[str, Add] = {}
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
