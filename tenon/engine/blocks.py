@@ -25,6 +25,7 @@ import numpy as np
 
 from tenon.base.errors import IntegrityError
 from tenon.engine.policies.evict import Cached, Evict
+from tenon.engine.victims import Victims
 
 NULL_BLOCK = 0
 DIGEST_BYTES = 32
@@ -75,6 +76,8 @@ class BlockPool:
         """Blocks ever published: what is not resident now can become so only by another of these."""
         self.stored: deque[bytes] = deque(maxlen=MAX_EVENTS)
         self.evicted: deque[bytes] = deque(maxlen=MAX_EVENTS)
+        self.n_evicted = 0
+        self.victims = Victims()
 
     @property
     def n_available(self) -> int:
@@ -95,7 +98,11 @@ class BlockPool:
             block = self._free.popleft()
         else:
             entry = self.evict.victim(self.now_s)
-            self.evict.evicted(entry, self.now_s)
+            if self.victims.watch:
+                self.victims.leaves(entry, self.evict, self.now_s)
+            else:
+                self.evict.evicted(entry, self.now_s)
+            self.n_evicted += 1
             self._unpublish(entry)
             self._remember(entry)
             block = entry.block

@@ -12,7 +12,7 @@ from tenon.base.clock import SYSTEM, Clock
 from tenon.base.errors import RequestError
 from tenon.engine.config import EngineConfig
 from tenon.engine.executors.base import Executor
-from tenon.engine.messages import Accepted, Add, Delta, KVEvents, Ready, Stats
+from tenon.engine.messages import Accepted, Add, Delta, KVEvents, Misses, Ready, Stats
 from tenon.engine.scheduler import Scheduler
 
 
@@ -87,7 +87,7 @@ class Engine:
     def stats(self, now_s: float) -> Stats:
         """State and counters as they are now."""
         s, c = self.scheduler, self.scheduler.counters
-        pools = s.pools
+        pools, lookups = s.pools, s.explain.lookups
         return Stats(
             now_s=now_s,
             steps=c.steps,
@@ -104,7 +104,18 @@ class Engine:
             finished=dict(c.finished),
             step_s=self._step_s,
             bookkeeping_s=self._bookkeeping_s,
+            lookup_blocks=lookups.blocks,
+            hit_blocks=lookups.block_hits,
+            holes=c.holes,
+            prompt_flops=lookups.cost,
+            saved_flops=lookups.cost_saved,
+            missed_tokens=dict(lookups.missed_tokens),
+            evictions=sum(p.n_evicted for p in pools),
         )
+
+    def take_misses(self) -> list[Misses]:
+        """What the cache had for requests that came in since this was last called."""
+        return self.scheduler.explain.take()
 
     def take_kv_events(self) -> KVEvents:
         """Blocks published and evicted since this was last called."""

@@ -117,6 +117,38 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     deltas: tuple[Delta, ...]
 
 
+class Miss(msgspec.Struct, frozen=True):
+    """A run of positions [start, end) of a prompt, whole blocks, that a request did not find in the cache.
+
+    ``kind``: "new" (never seen, or nobody remembers), "evicted", "skipped" (resident, but beyond the first miss where
+    only the leading blocks are reused). ``cost`` of computing it, in FLOPs unless the engine counts another unit.
+    """
+
+    start: int
+    end: int
+    kind: str
+    cost: float
+    differs_at: int | None = None
+    """Of a new run: position of its first token that is not that of a resident context with the same beginning."""
+    evicted_s: float | None = None
+    until_s: float | None = None
+    """Of an evicted run: when its first and its last block were evicted, by the engine's clock."""
+    policy: str | None = None
+    score: float | None = None
+    """The least of its blocks had when they were evicted, in the policy's own unit; known only if it was watched."""
+
+
+class Misses(msgspec.Struct, frozen=True, tag="misses"):
+    """What the cache had for a request when it came in. ``holes``: runs to compute before the last that was resident.
+    ``n_runs`` were missing; ``runs`` are the costliest of them, in order."""
+
+    request_id: str
+    cached_tokens: int
+    holes: int
+    n_runs: int
+    runs: tuple[Miss, ...]
+
+
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """State as it is now, read when sent; counters only ever grow within an epoch."""
 
@@ -137,6 +169,16 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """Duration of the last step."""
     bookkeeping_s: float
     """Of the last step: scheduling and commit, without the executor."""
+    lookup_blocks: int = 0
+    """Blocks of prompts that were looked up in the cache; of them, ``hit_blocks`` were found."""
+    hit_blocks: int = 0
+    holes: int = 0
+    prompt_flops: float = 0.0
+    """Of all prompts as if nothing had been cached; of them, ``saved_flops`` were not needed."""
+    saved_flops: float = 0.0
+    missed_tokens: dict[str, int] = {}
+    """Looked up in vain, by ``Miss.kind``."""
+    evictions: int = 0
 
 
 class KVEvents(msgspec.Struct, frozen=True, tag="kv_events"):
@@ -154,7 +196,7 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
 
 
 ToEngine = Add | Abort | LoadWeights | Drain | Reset
-FromEngine = Phase | Ready | Accepted | Rejected | Outputs | Stats | KVEvents | Fatal
+FromEngine = Phase | Ready | Accepted | Rejected | Misses | Outputs | Stats | KVEvents | Fatal
 
 
 class EngineBatch(msgspec.Struct, frozen=True, array_like=True):

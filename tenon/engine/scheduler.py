@@ -20,6 +20,7 @@ from tenon.base.errors import ContextTooLong, IntegrityError, Overloaded, Reques
 from tenon.engine.assemble import Assembler, Span
 from tenon.engine.blocks import DIGEST_BYTES, BlockPool, root_digest
 from tenon.engine.config import EngineConfig
+from tenon.engine.explain import Explainer
 from tenon.engine.lane import Lane
 from tenon.engine.messages import Accepted, Add, Delta
 from tenon.engine.policies.table import POLICIES
@@ -73,6 +74,7 @@ class Scheduler:
         self.weights_version = 0
         make_evict = partial(POLICIES[config.evict], n_blocks)
         self.pools = [BlockPool(n_blocks, config.block_tokens, make_evict, cost_of) for _ in groups]
+        self.explain = Explainer(config.evict, cost_of, on=config.prefix_cache)
         self.requests: dict[str, Request] = {}
         self.waiting: list[Seq] = []
         self.running: list[Seq] = []
@@ -254,6 +256,7 @@ class Scheduler:
         for group, pool in enumerate(self.pools):
             if n_blocks - sum(pool.ref[blocks[group]] > 0 for blocks in cached.values()) > pool.n_available:
                 return False
+        self.explain.admitted(seq, self.pools, cached)
         seq.turn = turn_of(cached, self.pools[0])
         for group, (pool, table) in enumerate(zip(self.pools, seq.tables, strict=True)):
             for i, blocks in cached.items():

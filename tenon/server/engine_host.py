@@ -92,7 +92,8 @@ class EngineHost:
         deltas = self._engine.tick(self._clock.now_s())
         now_s = self._clock.now_s()
         self._step += 1
-        batch: list[m.FromEngine] = [m.Outputs(self._step, tuple(deltas)), *self._kv_events()]
+        batch: list[m.FromEngine] = [*self._engine.take_misses(), m.Outputs(self._step, tuple(deltas))]
+        batch += self._kv_events()
         if now_s - self._stats_at_s >= STATS_EVERY_S or not self._engine.has_work:
             batch.append(self._stats(now_s))
         self._wire.send(batch)

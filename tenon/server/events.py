@@ -6,8 +6,11 @@ An event is one JSON object with ``v``, ``kind`` and ``at_s`` (wall seconds) and
     phase     name, fraction, detail                         while starting
     stats     the engine's Stats, and the HTTP side's        4 to 10 times a second while anything changes
     started   request_id, n_prompt, n                        a request was accepted
-    first     request_id, ttft_s
-    finished  request_id, reason, n_output, e2e_s
+    first     request_id, ttft_s, cache
+    finished  request_id, reason, n_output, e2e_s, cache
+
+``cache`` is what the cache had for the prompt, null if the engine never took the request up: ``cached_tokens``,
+``holes``, ``n_misses`` and ``misses``, at most eight runs of positions with their reason (``messages.Miss``).
 """
 
 from __future__ import annotations
