@@ -61,6 +61,20 @@ class Reset(msgspec.Struct, frozen=True, tag="reset"):
     """Abort everything and forget the prefix cache."""
 
 
+class Forget(msgspec.Struct, frozen=True, tag="forget"):
+    """Forget what is cached and held by no request; nobody is aborted."""
+
+
+class Watch(msgspec.Struct, frozen=True, tag="watch"):
+    """What to send from now on besides all else. ``kv``: ``KVEvents``, beginning with what is resident, also if they
+    were sent already. ``residency``: at most one ``Residency`` a second. ``victims``: have evictions written down, so
+    that ``Miss.score`` is known."""
+
+    kv: bool = False
+    residency: bool = False
+    victims: bool = False
+
+
 class Phase(msgspec.Struct, frozen=True, tag="phase"):
     """Where start-up stands; ``fraction`` in 0..1 of this phase."""
 
@@ -179,13 +193,56 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     missed_tokens: dict[str, int] = {}
     """Looked up in vain, by ``Miss.kind``."""
     evictions: int = 0
+    kv_events_dropped: int = 0
+
+
+class KVEvent(msgspec.Struct, frozen=True, array_like=True):
+    """A block of one group came or went, or a group's blocks all went. ``kind`` and ``reason`` as in ``kv_log.Logged``;
+    ``digest`` and ``parent`` are hex."""
+
+    kind: str
+    group: int
+    digest: str = ""
+    position: int = 0
+    parent: str = ""
+    reason: str = ""
 
 
 class KVEvents(msgspec.Struct, frozen=True, tag="kv_events"):
-    """Blocks published and evicted since the last batch, as hex digests of their chained hashes."""
+    """What came and went since the last batch, in order; to be replayed one after another, and again at will.
+    ``dropped``: events lost since the engine's start; where it grows, the batch tells anew what is resident."""
 
-    stored: tuple[str, ...]
-    evicted: tuple[str, ...]
+    events: tuple[KVEvent, ...]
+    dropped: int = 0
+
+
+class Row(msgspec.Struct, frozen=True):
+    """A running sequence's context in order of position, in at most 128 ``cells``, one letter each: "r" reused, "c"
+    computed, "t" to compute, "h" to compute before what is resident (a hole). A cell of several blocks shows the last
+    of these that is among them."""
+
+    request_id: str
+    index: int
+    n_tokens: int
+    cells: str
+
+
+class Residency(msgspec.Struct, frozen=True, tag="residency"):
+    """What is where in the cache: the first 64 of ``running`` sequences, and the blocks of all groups together.
+
+    ``idle_by_age``: blocks held by nobody, by the time since their last use, below each of ``ages_s`` and above the
+    last. ``idle_by_turn``: the same by their conversation's turn, at most each of ``turns`` and above the last.
+    """
+
+    now_s: float
+    running: int
+    rows: tuple[Row, ...]
+    free: int
+    held: int
+    ages_s: tuple[float, ...]
+    idle_by_age: tuple[int, ...]
+    turns: tuple[int, ...]
+    idle_by_turn: tuple[int, ...]
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
@@ -195,8 +252,8 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     trace: str = ""
 
 
-ToEngine = Add | Abort | LoadWeights | Drain | Reset
-FromEngine = Phase | Ready | Accepted | Rejected | Misses | Outputs | Stats | KVEvents | Fatal
+ToEngine = Add | Abort | LoadWeights | Drain | Reset | Forget | Watch
+FromEngine = Phase | Ready | Accepted | Rejected | Misses | Outputs | Stats | KVEvents | Residency | Fatal
 
 
 class EngineBatch(msgspec.Struct, frozen=True, array_like=True):

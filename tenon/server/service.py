@@ -26,6 +26,7 @@ from tenon.server.limits import Limits
 from tenon.server.metrics import Reading, Readings, ServerMetrics, render
 
 STATS_EVERY_S: Final = 0.12
+KV_EVENTS_AT_ONCE: Final = 1024
 
 _log = logging.getLogger("tenon.server")
 
@@ -152,10 +153,12 @@ class Service:
         self._stats_published_s = float("-inf")
         self._stats_timer: asyncio.TimerHandle | None = None
         self._announce()
+        events.on_extras = self._tell_extras
 
     def attach(self, send: Callable[[m.ToEngine], None]) -> None:
         """From now on there is an engine that can be told something."""
         self._send = send
+        self._tell_extras()
 
     # What the engine says.
 
@@ -189,6 +192,10 @@ class Service:
                         self._deliver(flight, delta)
             case m.Stats():
                 self._take_stats(message)
+            case m.KVEvents():
+                self._publish_kv(message)
+            case m.Residency():
+                self.events.publish_extra("residency", **msgspec.structs.asdict(message))
 
     def on_phase(self, phase: m.Phase) -> None:
         """Start-up has come this far; the reason why the server is not ready names it."""
@@ -382,6 +389,18 @@ class Service:
             self._stats_published_s = self.clock.now_s()
             self.events.publish("stats", in_flight=len(self._flights), **msgspec.structs.asdict(self.stats))
 
+    def _publish_kv(self, message: m.KVEvents) -> None:
+        """In pieces, so that no event is huge."""
+        for start in range(0, len(message.events), KV_EVENTS_AT_ONCE):
+            events = [msgspec.structs.asdict(event) for event in message.events[start : start + KV_EVENTS_AT_ONCE]]
+            self.events.publish_extra("kv", events=events, dropped=message.dropped)
+
+    def _tell_extras(self) -> None:
+        """Have the engine send what somebody reads, and no more."""
+        wanted = self.events.wanted
+        if self._send is not None and self.state is not State.DEAD:
+            self._send(m.Watch("kv" in wanted, "residency" in wanted, "victims" in wanted))
+
     def _enter(self, state: State, reason: str) -> None:
         if self.state is not state:
             _log.info("%s -> %s%s", self.state, state, f": {reason}" if reason else "")
@@ -438,4 +457,5 @@ def _cache_readings(stats: m.Stats) -> list[Reading | Readings]:
         counted("tenon_prompt_flops_saved_total", "FLOPs of prompts that the cache saved.", stats.saved_flops),
         counted("tenon_prompt_holes_total", "Runs computed before tokens that were in cache.", stats.holes),
         counted("tenon_kv_evictions_total", "Blocks evicted, of all groups.", stats.evictions),
+        counted("tenon_kv_events_dropped_total", "Events lost before they were sent.", stats.kv_events_dropped),
     ]
