@@ -17,7 +17,6 @@ from heapq import nlargest
 from typing import Final, TypeVar
 
 import numpy as np
-from msgspec.structs import replace
 
 from tenon.engine.blocks import DIGEST_BYTES, BlockPool
 from tenon.engine.messages import Miss, Misses
@@ -67,51 +66,67 @@ def why(
 
     ``policy`` is who evicts; ``first`` another context's first block under the same root, to compare with.
     """
-    runs: list[Miss] = []
-    for i in range((seq.n_tokens - 1) // seq.block_tokens):
-        if i not in found:
-            miss = _miss(seq, pools, i, policy, cost_of(i * seq.block_tokens))
-            if runs and runs[-1].end == miss.start and runs[-1].kind == miss.kind:
-                runs[-1] = _joined(runs[-1], miss)
-                continue
-            if miss.kind == "new":
-                miss = replace(miss, differs_at=_differs_at(seq, pools[0], i, found.get(i - 1), first))
-            runs.append(miss)
-    return runs
+    size = seq.block_tokens
+    runs: list[_Open] = []
+    end = -1
+    for i in range((seq.n_tokens - 1) // size):
+        if i in found:
+            continue
+        kind, evicted_s, score = _reason(seq, pools, i)
+        if end == i and runs[-1].kind == kind:
+            run = runs[-1]
+        else:
+            at = _differs_at(seq, pools[0], i, found.get(i - 1), first) if kind == "new" else None
+            run = _Open(i, kind, at)
+            runs.append(run)
+        run.end = end = i + 1
+        run.cost += cost_of(i * size)
+        if evicted_s is not None:
+            run.times.append(evicted_s)
+        if score is not None:
+            run.scores.append(score)
+    return [
+        Miss(
+            start=run.start * size,
+            end=run.end * size,
+            kind=run.kind,
+            cost=run.cost,
+            differs_at=run.differs_at,
+            evicted_s=min(run.times, default=None),
+            until_s=max(run.times, default=None),
+            policy=policy if run.kind == "evicted" else None,
+            score=min(run.scores, default=None),
+        )
+        for run in runs
+    ]
 
 
-def _miss(seq: Seq, pools: Sequence[BlockPool], i: int, policy: str, cost: float) -> Miss:
-    """Of one block. The first group that lacks it tells why."""
-    start, end = i * seq.block_tokens, (i + 1) * seq.block_tokens
+@dataclass(slots=True)
+class _Open:
+    """A run of blocks [start, end) that grows."""
+
+    start: int
+    kind: str
+    differs_at: int | None
+    end: int = 0
+    cost: float = 0.0
+    times: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+
+
+def _reason(seq: Seq, pools: Sequence[BlockPool], i: int) -> tuple[str, float | None, float | None]:
+    """Of one block: why, when it was evicted, at which score. The first group that lacks it tells."""
     digest = seq.digest(i)
     for pool in pools:
         if not pool.knows(digest):
             shadow = pool.shadows.get(digest)
             if shadow is None:
-                return Miss(start, end, "new", cost)
+                return "new", None, None
             victim = pool.victims.get(digest)
-            score = None if victim is None else victim.score
-            return Miss(start, end, "evicted", cost, None, shadow.evicted_s, shadow.evicted_s, policy, score)
+            return "evicted", shadow.evicted_s, None if victim is None else victim.score
     content = seq.block_content(i)
     collides = any(pool.lookup(digest, content) is None for pool in pools)
-    return Miss(start, end, "new" if collides else "skipped", cost)
-
-
-def _joined(run: Miss, miss: Miss) -> Miss:
-    """A run and the block after it: of their scores the least, of their times the first and the last."""
-
-    def pick(of: Callable[..., float], *values: float | None) -> float | None:
-        known = [value for value in values if value is not None]
-        return of(known) if known else None
-
-    return replace(
-        run,
-        end=miss.end,
-        cost=run.cost + miss.cost,
-        evicted_s=pick(min, run.evicted_s, miss.evicted_s),
-        until_s=pick(max, run.until_s, miss.until_s),
-        score=pick(min, run.score, miss.score),
-    )
+    return ("new" if collides else "skipped"), None, None
 
 
 def _differs_at(seq: Seq, pool: BlockPool, i: int, before: Sequence[int] | None, first: First | None) -> int | None:

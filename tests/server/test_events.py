@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,3 +125,20 @@ def test_extras_that_do_not_exist_are_refused(server: Running, query: str) -> No
     refused = httpx.get(f"{server.url}/events{query}", timeout=PATIENCE_S)
     assert refused.status_code == 400
     assert "kv, residency, victims" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("victims", [False, True])
+def test_scores_of_the_evicted_are_known_while_somebody_asks(own_server: Callable[..., Running], victims: bool) -> None:
+    server = own_server("--kv-bytes", str(9 * 16 * 2 * 2 * 2 * 16 * 4))  # eight blocks and the null block
+    with watching(server, f"?kv={int(victims)}&victims={int(victims)}") as events:
+        if victims:
+            until(events, "kv")  # now the engine has heard of it
+        for first in (21, 22, 21):
+            server.complete(prompt=prompt(first), max_tokens=1)
+            cache = until(events, "finished")["cache"]
+    (miss,) = cache["misses"]
+    assert (miss["kind"], miss["policy"], "score" in miss) == ("evicted", "lru", victims)
+    assert miss["evicted_s"] <= miss["until_s"]
+    assert server.metrics()["tenon_kv_evictions_total"] > 0
+    assert server.metrics()['tenon_prefix_miss_tokens_total{reason="evicted"}'] == miss["end"] - miss["start"]
+    assert server.metrics()["tenon_kv_events_dropped_total"] == 0
