@@ -24,12 +24,12 @@ from hashlib import blake2b
 import numpy as np
 
 from tenon.base.errors import IntegrityError
+from tenon.engine.kv_log import CLEARED, MAX_EVENTS, REMOVED, STORED, KVLog, Logged
 from tenon.engine.policies.evict import Cached, Evict
+from tenon.engine.victims import Victims
 
 NULL_BLOCK = 0
 DIGEST_BYTES = 32
-MAX_EVENTS = 65_536
-"""Of digests published or evicted, the newest so many are kept for whoever asks."""
 
 
 def root_digest(secret: bytes, *parts: str) -> bytes:
@@ -79,8 +79,9 @@ class BlockPool:
         self.shadows: OrderedDict[bytes, Cached] = OrderedDict()
         self.n_stored = 0
         """Blocks ever published: what is not resident now can become so only by another of these."""
-        self.stored: deque[bytes] = deque(maxlen=MAX_EVENTS)
-        self.evicted: deque[bytes] = deque(maxlen=MAX_EVENTS)
+        self.log = KVLog(n_blocks)
+        self.n_evicted = 0
+        self.victims = Victims()
 
     @property
     def n_available(self) -> int:
@@ -101,8 +102,12 @@ class BlockPool:
             block = self._free.popleft()
         else:
             entry = self.evict.victim(self.now_s)
-            self.evict.evicted(entry, self.now_s)
-            self._unpublish(entry)
+            if self.victims.watch:
+                self.victims.leaves(entry, self.evict, self.now_s)
+            else:
+                self.evict.evicted(entry, self.now_s)
+            self.n_evicted += 1
+            self._unpublish(entry, "evicted")
             self._remember(entry)
             block = entry.block
         self.ref[block] = 1
@@ -160,7 +165,7 @@ class BlockPool:
         self._entry_of[digest] = entry
         self._entry[block] = entry
         self._content[block] = content
-        self.stored.append(digest)
+        self.log.add(STORED, digest, position, parent)
         self.n_stored += 1
         self.evict.stored(entry, now_s)
 
@@ -189,12 +194,30 @@ class BlockPool:
         return self._content[block]
 
     def forget(self) -> None:
-        """Unpublish everything: idle blocks become free, held ones stay with their holders."""
-        for entry in [entry for entry in self._entry if entry is not None]:
+        """Unpublish everything: idle blocks become free, held ones stay with their holders. Policies and shadows begin
+        anew."""
+        for entry in list(self._entry_of.values()):
             if self.ref[entry.block] == 0:
                 self._free.append(entry.block)
-            self._unpublish(entry)
+            self._unpublish(entry, "")
+        self._begin_anew()
+        self.log.add(CLEARED, reason="reset")
+
+    def forget_idle(self) -> int:
+        """Unpublish what nobody holds, which becomes free; returns how many blocks. What is held stays published.
+        Policies and shadows begin anew."""
+        idle = [entry for entry in self._entry_of.values() if self.ref[entry.block] == 0]
+        for entry in idle:
+            self._free.append(entry.block)
+            self._unpublish(entry, "forgotten")
+        self._begin_anew()
+        for entry in self._entry_of.values():
+            self.evict.stored(entry, self.now_s)
+        return len(idle)
+
+    def _begin_anew(self) -> None:
         self.shadows.clear()
+        self.victims.clear()
         self.evict = self._make_evict()
 
     def _link(self, entry: Cached, parent: bytes) -> None:
@@ -219,13 +242,30 @@ class BlockPool:
             child.parent = None
         entry.parent = entry.child = None
 
-    def _unpublish(self, entry: Cached) -> None:
+    def take_events(self, limit: int = MAX_EVENTS) -> tuple[list[Logged], int]:
+        """What came and went since the last call, at most the oldest ``limit``, and how many events were lost: if any,
+        what is resident is told anew."""
+        n_lost = self.log.n_lost
+        if n_lost:
+            self.restart_events()
+        return self.log.take(limit), n_lost
+
+    def restart_events(self) -> None:
+        """Events begin with what is resident now. O(blocks)."""
+        self.log.restart(
+            Logged(STORED, entry.key, entry.position, self._content[entry.block][:DIGEST_BYTES])
+            for entry in self._entry_of.values()
+        )
+
+    def _unpublish(self, entry: Cached, reason: str) -> None:
+        """``reason`` is what the log says; nothing if it is empty."""
         block = entry.block
+        if reason:
+            self.log.add(REMOVED, entry.key, entry.position, self._content[block][:DIGEST_BYTES], reason)
         del self._entry_of[entry.key]
         self._entry[block] = None
         self._content[block] = b""
         self._unlink(entry)
-        self.evicted.append(entry.key)
 
     def _remember(self, entry: Cached) -> None:
         entry.evicted_s = self.now_s

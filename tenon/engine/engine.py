@@ -12,7 +12,9 @@ from tenon.base.clock import SYSTEM, Clock
 from tenon.base.errors import RequestError
 from tenon.engine.config import EngineConfig
 from tenon.engine.executors.base import Executor
-from tenon.engine.messages import Accepted, Add, Delta, KVEvents, Ready, Stats
+from tenon.engine.kv_log import MAX_EVENTS
+from tenon.engine.messages import Accepted, Add, Delta, KVEvent, KVEvents, Misses, Ready, Residency, Stats
+from tenon.engine.residency import residency
 from tenon.engine.scheduler import Scheduler
 
 
@@ -41,6 +43,7 @@ class Engine:
         self.executor = executor
         self._clock = clock
         self._draining = False
+        self._kv_dropped = 0
         self._step_s = 0.0
         self._bookkeeping_s = 0.0
 
@@ -87,7 +90,7 @@ class Engine:
     def stats(self, now_s: float) -> Stats:
         """State and counters as they are now."""
         s, c = self.scheduler, self.scheduler.counters
-        pools = s.pools
+        pools, lookups = s.pools, s.explain.lookups
         return Stats(
             now_s=now_s,
             steps=c.steps,
@@ -104,16 +107,42 @@ class Engine:
             finished=dict(c.finished),
             step_s=self._step_s,
             bookkeeping_s=self._bookkeeping_s,
+            lookup_blocks=lookups.blocks,
+            hit_blocks=lookups.block_hits,
+            holes=c.holes,
+            prompt_flops=lookups.cost,
+            saved_flops=lookups.cost_saved,
+            missed_tokens=dict(lookups.missed_tokens),
+            kv_events_dropped=self._kv_dropped,
+            evictions=sum(p.n_evicted for p in pools),
         )
 
-    def take_kv_events(self) -> KVEvents:
-        """Blocks published and evicted since this was last called."""
-        stored = tuple(d.hex() for p in self.scheduler.pools for d in p.stored)
-        evicted = tuple(d.hex() for p in self.scheduler.pools for d in p.evicted)
+    def take_misses(self) -> list[Misses]:
+        """What the cache had for requests that came in since this was last called."""
+        return self.scheduler.explain.take()
+
+    def take_kv_events(self, limit: int = MAX_EVENTS) -> KVEvents:
+        """Blocks that came and went since this was last called, at most ``limit``, each group's oldest first."""
+        events: list[KVEvent] = []
+        for group, pool in enumerate(self.scheduler.pools):
+            taken, n_lost = pool.take_events(limit - len(events))
+            self._kv_dropped += n_lost
+            events += (KVEvent(e.kind, group, e.key.hex(), e.position, e.parent.hex(), e.reason) for e in taken)
+        return KVEvents(tuple(events), self._kv_dropped)
+
+    def restart_kv_events(self) -> None:
+        """The next batch of events begins with all that is resident; what was not taken yet is not lost but settled."""
         for pool in self.scheduler.pools:
-            pool.stored.clear()
-            pool.evicted.clear()
-        return KVEvents(stored, evicted)
+            pool.restart_events()
+
+    def residency(self, now_s: float) -> Residency:
+        """What is where in the cache. O(blocks)."""
+        return residency(self.scheduler, now_s)
+
+    def watch_victims(self, on: bool) -> None:
+        """Whether evictions are written down in the pools' ``victims``."""
+        for pool in self.scheduler.pools:
+            pool.victims.watch = on
 
     def load_weights(self, path: str, version: int) -> None:
         """New weights between steps. Running requests are aborted by the caller first; the cache is forgotten."""
@@ -130,6 +159,10 @@ class Engine:
     def reset(self) -> list[str]:
         """Abort all requests, forget the prefix cache; returns the ids dropped."""
         return self.scheduler.reset()
+
+    def forget_idle(self) -> int:
+        """Forget what is cached and held by nobody, in all groups; returns how many blocks. Nobody is aborted."""
+        return sum(pool.forget_idle() for pool in self.scheduler.pools)
 
     def check_integrity(self) -> None:
         """Raises ``IntegrityError`` when blocks, queues or counters do not add up."""

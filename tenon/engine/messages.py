@@ -61,6 +61,20 @@ class Reset(msgspec.Struct, frozen=True, tag="reset"):
     """Abort everything and forget the prefix cache."""
 
 
+class Forget(msgspec.Struct, frozen=True, tag="forget"):
+    """Forget what is cached and held by no request; nobody is aborted."""
+
+
+class Watch(msgspec.Struct, frozen=True, tag="watch"):
+    """What to send from now on besides all else. ``kv``: ``KVEvents``, beginning with what is resident, also if they
+    were sent already. ``residency``: at most one ``Residency`` a second. ``victims``: have evictions written down, so
+    that ``Miss.score`` is known."""
+
+    kv: bool = False
+    residency: bool = False
+    victims: bool = False
+
+
 class Phase(msgspec.Struct, frozen=True, tag="phase"):
     """Where start-up stands; ``fraction`` in 0..1 of this phase."""
 
@@ -117,6 +131,38 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     deltas: tuple[Delta, ...]
 
 
+class Miss(msgspec.Struct, frozen=True):
+    """A run of positions [start, end) of a prompt, whole blocks, that a request did not find in the cache.
+
+    ``kind``: "new" (never seen, or nobody remembers), "evicted", "skipped" (resident, but beyond the first miss where
+    only the leading blocks are reused). ``cost`` of computing it, in FLOPs unless the engine counts another unit.
+    """
+
+    start: int
+    end: int
+    kind: str
+    cost: float
+    differs_at: int | None = None
+    """Of a new run: position of its first token that is not that of a resident context with the same beginning."""
+    evicted_s: float | None = None
+    until_s: float | None = None
+    """Of an evicted run: when its first and its last block were evicted, by the engine's clock."""
+    policy: str | None = None
+    score: float | None = None
+    """The least of its blocks had when they were evicted, in the policy's own unit; known only if it was watched."""
+
+
+class Misses(msgspec.Struct, frozen=True, tag="misses"):
+    """What the cache had for a request when it came in. ``holes``: runs to compute before the last that was resident.
+    ``n_runs`` were missing; ``runs`` are the costliest of them, in order."""
+
+    request_id: str
+    cached_tokens: int
+    holes: int
+    n_runs: int
+    runs: tuple[Miss, ...]
+
+
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """State as it is now, read when sent; counters only ever grow within an epoch."""
 
@@ -137,13 +183,66 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """Duration of the last step."""
     bookkeeping_s: float
     """Of the last step: scheduling and commit, without the executor."""
+    lookup_blocks: int = 0
+    """Blocks of prompts that were looked up in the cache; of them, ``hit_blocks`` were found."""
+    hit_blocks: int = 0
+    holes: int = 0
+    prompt_flops: float = 0.0
+    """Of all prompts as if nothing had been cached; of them, ``saved_flops`` were not needed."""
+    saved_flops: float = 0.0
+    missed_tokens: dict[str, int] = {}
+    """Looked up in vain, by ``Miss.kind``."""
+    evictions: int = 0
+    kv_events_dropped: int = 0
+
+
+class KVEvent(msgspec.Struct, frozen=True, array_like=True):
+    """A block of one group came or went, or a group's blocks all went. ``kind`` and ``reason`` as in ``kv_log.Logged``;
+    ``digest`` and ``parent`` are hex."""
+
+    kind: str
+    group: int
+    digest: str = ""
+    position: int = 0
+    parent: str = ""
+    reason: str = ""
 
 
 class KVEvents(msgspec.Struct, frozen=True, tag="kv_events"):
-    """Blocks published and evicted since the last batch, as hex digests of their chained hashes."""
+    """What came and went since the last batch, in order; to be replayed one after another, and again at will.
+    ``dropped``: events lost since the engine's start; where it grows, the batch tells anew what is resident."""
 
-    stored: tuple[str, ...]
-    evicted: tuple[str, ...]
+    events: tuple[KVEvent, ...]
+    dropped: int = 0
+
+
+class Row(msgspec.Struct, frozen=True):
+    """A running sequence's context in order of position, in at most 128 ``cells``, one letter each: "r" reused, "c"
+    computed, "t" to compute, "h" to compute before what is resident (a hole). A cell of several blocks shows the last
+    of these that is among them."""
+
+    request_id: str
+    index: int
+    n_tokens: int
+    cells: str
+
+
+class Residency(msgspec.Struct, frozen=True, tag="residency"):
+    """What is where in the cache: the first 64 of ``running`` sequences, and the blocks of all groups together.
+
+    ``idle_by_age``: blocks held by nobody, by the time since their last use, below each of ``ages_s`` and above the
+    last. ``idle_by_turn``: the same by their conversation's turn, at most each of ``turns`` and above the last.
+    """
+
+    now_s: float
+    running: int
+    rows: tuple[Row, ...]
+    free: int
+    held: int
+    ages_s: tuple[float, ...]
+    idle_by_age: tuple[int, ...]
+    turns: tuple[int, ...]
+    idle_by_turn: tuple[int, ...]
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
@@ -153,8 +252,8 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     trace: str = ""
 
 
-ToEngine = Add | Abort | LoadWeights | Drain | Reset
-FromEngine = Phase | Ready | Accepted | Rejected | Outputs | Stats | KVEvents | Fatal
+ToEngine = Add | Abort | LoadWeights | Drain | Reset | Forget | Watch
+FromEngine = Phase | Ready | Accepted | Rejected | Misses | Outputs | Stats | KVEvents | Residency | Fatal
 
 
 class EngineBatch(msgspec.Struct, frozen=True, array_like=True):

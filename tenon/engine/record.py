@@ -31,7 +31,7 @@ from tenon.engine.config import EngineConfig
 from tenon.engine.engine import Engine, Identity
 from tenon.engine.executors.base import Caps, Executor, Ticket
 from tenon.engine.executors.simulated import SimulatedExecutor
-from tenon.engine.messages import Abort, Accepted, Add, Delta, Drain, LoadWeights, Reset, ToEngine
+from tenon.engine.messages import Abort, Accepted, Add, Delta, Drain, Forget, LoadWeights, Reset, ToEngine
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.step import I32, Step, StepResult
 from tenon.models.spec import KVGroup
@@ -203,6 +203,10 @@ class RecordedEngine(Engine):
     def reset(self) -> list[str]:
         self._taken.append(Taken(Reset()))
         return super().reset()
+
+    def forget_idle(self) -> int:
+        self._taken.append(Taken(Forget()))
+        return super().forget_idle()
 
     def tick(self, now_s: float) -> list[Delta]:
         self._tap.step = self._tap.result = None
@@ -429,6 +433,8 @@ def _tell(engine: Engine, taken: Taken) -> None:
             engine.abort(taken.message.request_id, taken.message.index)
         case Reset():
             engine.reset()
+        case Forget():
+            engine.forget_idle()
         case Drain():
             engine.drain()
         case LoadWeights():

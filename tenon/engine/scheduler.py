@@ -20,6 +20,7 @@ from tenon.engine.assemble import Assembler, Span
 from tenon.engine.blocks import DIGEST_BYTES, BlockPool, root_digest
 from tenon.engine.config import EngineConfig
 from tenon.engine.counters import Counters
+from tenon.engine.explain import Explainer
 from tenon.engine.lane import Lane
 from tenon.engine.messages import Accepted, Add, Delta
 from tenon.engine.pending import Pending
@@ -59,6 +60,7 @@ class Scheduler:
         self.weights_version = 0
         make_evict = partial(POLICIES[config.evict], n_blocks)
         self.pools = [BlockPool(n_blocks, config.block_tokens, make_evict, cost_of) for _ in groups]
+        self.explain = Explainer(config.evict, cost_of, on=config.prefix_cache)
         self.requests: dict[str, Request] = {}
         self.waiting: list[Seq] = []
         self.running: list[Seq] = []
@@ -234,6 +236,7 @@ class Scheduler:
             n_held = len(awaited) + sum(pool.ref[blocks[group]] > 0 for blocks in cached.values())
             if n_blocks - n_held > pool.n_available:
                 return False
+        self.explain.admitted(seq, self.pools, dict(sorted([*cached.items(), *((i, []) for i in awaited)])))
         seq.turn = turn_of(cached, self.pools[0])
         hold(seq, self.pools, cached, awaited, n_blocks)
         seq.ahead = runs_of(cached, size)

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tenon.base.errors import TenonError
 from tenon.server.completions import Answer, Completions
+from tenon.server.events import EXTRAS
 from tenon.server.failures import Refusal, body_of, headers_of, status_of
 from tenon.server.limits import BodyTooLarge, Limits, error_body, read_body
 from tenon.server.metrics import CONTENT_TYPE
@@ -33,6 +34,7 @@ PAGE: Final = Path(__file__).parent / "page"
 PAGE_FILES: Final = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/map.js": ("map.js", "text/javascript; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
 }
 PAGE_HEADERS: Final = {
@@ -173,7 +175,7 @@ class Routes:
 
     async def events(self, request: Request) -> Response:
         hub = self._service.events
-        subscription = hub.subscribe()
+        subscription = hub.subscribe(_extras(request))
 
         async def frames() -> AsyncIterator[bytes]:
             try:
@@ -271,6 +273,17 @@ def _host_name(host: str) -> str:
 def _request_id(request: Request) -> str:
     """The client's id, made unique: a client may repeat itself, the engine's ids may not."""
     return f"{request.scope['request_id']}-{secrets.token_hex(4)}"
+
+
+def _extras(request: Request) -> frozenset[str]:
+    """What a reader of events asks for besides the usual. Raises ``Refusal`` for what there is not."""
+    for name, value in request.query_params.multi_items():
+        if name not in EXTRAS or value not in ("0", "1"):
+            known = ", ".join(sorted(EXTRAS))
+            raise Refusal(
+                f"events can be asked for {known}, each 0 or 1; not for {name}={value}", status=400, param=name
+            )
+    return frozenset(name for name, value in request.query_params.items() if value == "1")
 
 
 def build_app(service: Service, completions: Completions, *, loopback_only: bool) -> Starlette:

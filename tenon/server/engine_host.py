@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tenon.engine.engine import Engine
 
 STATS_EVERY_S: Final = 0.1
+RESIDENCY_EVERY_S: Final = 1.0
 _READ_BYTES: Final = 1 << 18
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -42,13 +43,14 @@ class Wire:
         self._epoch = epoch
         self._frames = m.Frames()
 
-    def receive(self, *, wait: bool) -> list[m.ToEngine] | None:
-        """All messages that have come, ``None`` when the other side is gone. Waits for some if ``wait``.
+    def receive(self, wait_s: float | None) -> list[m.ToEngine] | None:
+        """All messages that have come, ``None`` when the other side is gone. Waits at most ``wait_s`` for the first of
+        them, for ever if it is None.
 
         Raises ``ProtocolError``. Batches of another epoch are dropped: they were meant for a predecessor.
         """
         received: list[m.ToEngine] = []
-        while wait and not received or select.select([self._sock], [], [], 0)[0]:
+        while select.select([self._sock], [], [], 0.0 if received else wait_s)[0]:
             data = self._sock.recv(_READ_BYTES)
             if not data:
                 return None
@@ -71,20 +73,27 @@ class EngineHost:
         self._wire = wire
         self._clock = clock
         self._draining = False
+        self._watch = m.Watch()
+        self._looked_at = True
+        """Whether the residency was sent as it is now."""
+        self._residency_at_s = float("-inf")
         self._stats_at_s = float("-inf")
         self._step = 0
 
     def run(self) -> None:
         """Serve until the other side closes or a drain is complete."""
         while True:
-            received = self._wire.receive(wait=not self._engine.has_work)
+            received = self._wire.receive(0.0 if self._engine.has_work else self._rest_s())
             if received is None:
                 return
+            self._looked_at = self._looked_at and not received
             self._wire.send([reply for message in received if (reply := self._handle(message)) is not None])
             if self._engine.has_work:
                 self._tick()
             elif received:
-                self._wire.send([*self._kv_events(), self._stats(self._clock.now_s())])
+                self._send_kv_events()
+                self._wire.send([self._stats(self._clock.now_s())])
+            self._send_residency()
             if self._draining and not self._engine.has_work:
                 return
 
@@ -92,14 +101,30 @@ class EngineHost:
         deltas = self._engine.tick(self._clock.now_s())
         now_s = self._clock.now_s()
         self._step += 1
-        batch: list[m.FromEngine] = [m.Outputs(self._step, tuple(deltas)), *self._kv_events()]
+        self._looked_at = False
+        batch: list[m.FromEngine] = [*self._engine.take_misses(), m.Outputs(self._step, tuple(deltas))]
         if now_s - self._stats_at_s >= STATS_EVERY_S or not self._engine.has_work:
             batch.append(self._stats(now_s))
         self._wire.send(batch)
+        self._send_kv_events()
 
-    def _kv_events(self) -> list[m.FromEngine]:
-        events = self._engine.take_kv_events()
-        return [events] if events.stored or events.evicted else []
+    def _send_kv_events(self) -> None:
+        """All there are, a batch of bounded size after another."""
+        while self._watch.kv and (events := self._engine.take_kv_events()).events:
+            self._wire.send([events])
+
+    def _rest_s(self) -> float | None:
+        """How long to wait for messages with nothing to do: until the residency may be sent that has changed."""
+        if self._looked_at or not self._watch.residency:
+            return None
+        return max(0.0, self._residency_at_s + RESIDENCY_EVERY_S - self._clock.now_s())
+
+    def _send_residency(self) -> None:
+        """If someone watches, something has changed, and not more often than it may be."""
+        now_s = self._clock.now_s()
+        if self._watch.residency and not self._looked_at and now_s >= self._residency_at_s + RESIDENCY_EVERY_S:
+            self._looked_at, self._residency_at_s = True, now_s
+            self._wire.send([self._engine.residency(now_s)])
 
     def _stats(self, now_s: float) -> m.Stats:
         self._stats_at_s = now_s
@@ -116,6 +141,13 @@ class EngineHost:
                 self._engine.abort(message.request_id, message.index)
             case m.Reset():
                 self._engine.reset()
+            case m.Forget():
+                self._engine.forget_idle()
+            case m.Watch():
+                self._watch = message
+                self._engine.watch_victims(message.victims)
+                if message.kv:
+                    self._engine.restart_kv_events()
             case m.Drain():
                 self._draining = True
                 self._engine.drain()

@@ -6,8 +6,17 @@ An event is one JSON object with ``v``, ``kind`` and ``at_s`` (wall seconds) and
     phase     name, fraction, detail                         while starting
     stats     the engine's Stats, and the HTTP side's        4 to 10 times a second while anything changes
     started   request_id, n_prompt, n                        a request was accepted
-    first     request_id, ttft_s
-    finished  request_id, reason, n_output, e2e_s
+    first     request_id, ttft_s, cache
+    finished  request_id, reason, n_output, e2e_s, cache
+
+Of these a reader has to ask for, by ``/events?kv=1`` and so on; they are in no record:
+
+    kv         events, dropped              blocks that came and went (``messages.KVEvents``), ``cleared`` at first
+    residency  ``messages.Residency``       at most once a second while anything changes
+    victims    nothing of its own: scores in ``misses`` are known while somebody asks for it
+
+``cache`` is what the cache had for the prompt, null if the engine never took the request up: ``cached_tokens``,
+``holes``, ``n_misses`` and ``misses``, at most eight runs of positions with their reason (``messages.Miss``).
 """
 
 from __future__ import annotations
@@ -15,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,13 +38,16 @@ _log = logging.getLogger("tenon.server")
 
 VERSION: Final = 1
 HEARTBEAT_S: Final = 15.0
+EXTRAS: Final = frozenset({"kv", "residency", "victims"})
+"""What is sent only to those who ask for it."""
 
 
 class Subscription:
     """One reader's queue. A reader that falls behind is closed: it reconnects and gets the present state."""
 
-    def __init__(self, bound: int) -> None:
+    def __init__(self, bound: int, extras: frozenset[str] = frozenset()) -> None:
         self._bound = bound
+        self.extras = extras
         self._queue: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self.closed = False
@@ -73,6 +85,8 @@ class EventHub:
         self._bound = bound
         self._subscriptions: set[Subscription] = set()
         self._latest: dict[str, bytes] = {}
+        self.on_extras: Callable[[], None] = lambda: None
+        """Called when somebody comes who reads extras, also if others read them already, and when fewer are read."""
         self._recorder = RecordWriter(record_folder, clock=clock) if record_folder is not None else None
 
     def publish(self, kind: str, **fields: Any) -> None:
@@ -87,6 +101,13 @@ class EventHub:
         if self._recorder is not None:
             self._record(self._recorder, kind, fields)
 
+    def publish_extra(self, kind: str, **fields: Any) -> None:
+        """To those who asked for it alone."""
+        encoded = msgspec.json.encode({"v": VERSION, "kind": kind, "at_s": round(self._clock.wall_s(), 3), **fields})
+        for subscription in self._subscriptions:
+            if kind in subscription.extras:
+                subscription.put(encoded)
+
     def _record(self, recorder: RecordWriter, kind: str, fields: dict[str, Any]) -> None:
         """A full disk ends the recording, not the service; the reason goes to the log."""
         try:
@@ -96,16 +117,26 @@ class EventHub:
             recorder.close()
             self._recorder = None
 
-    def subscribe(self) -> Subscription:
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Extras that somebody reads."""
+        return frozenset().union(*(subscription.extras for subscription in self._subscriptions))
+
+    def subscribe(self, extras: frozenset[str] = frozenset()) -> Subscription:
         """A queue that begins with the latest of each kind of state, so that a new reader knows where things stand."""
-        subscription = Subscription(self._bound)
+        subscription = Subscription(self._bound, extras)
         for encoded in self._latest.values():
             subscription.put(encoded)
         self._subscriptions.add(subscription)
+        if extras:
+            self.on_extras()
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
+        before = self.wanted
         self._subscriptions.discard(subscription)
+        if self.wanted != before:
+            self.on_extras()
 
     def close(self) -> None:
         for subscription in self._subscriptions:

@@ -72,7 +72,23 @@ class Reading:
         yield f"{self.name} {_number(self._value)}"
 
 
-def render(metrics: Iterable[Counter | Histogram | Reading]) -> str:
+class Readings:
+    """Counts that the engine keeps by one label."""
+
+    kind = "counter"
+
+    def __init__(self, name: str, help_text: str, label: str, values: Mapping[str, float]) -> None:
+        self.name, self.help_text, self._label, self._values = name, help_text, label, values
+
+    def lines(self) -> Iterable[str]:
+        for value, count in self._values.items():
+            yield f"{self.name}{_labels({self._label: value})} {_number(count)}"
+
+
+Family = Counter | Histogram | Reading | Readings
+
+
+def render(metrics: Iterable[Family]) -> str:
     """The exposition; every family has its HELP and TYPE."""
     out: list[str] = []
     for metric in metrics:
@@ -103,7 +119,7 @@ class ServerMetrics:
         self.e2e = Histogram("tenon_e2e_seconds", "From a request's arrival to its end.", LATENCY_S)
         self.step = Histogram("tenon_step_seconds", "Duration of engine steps, as sampled by its reports.", STEP_S)
 
-    def families(self) -> list[Counter | Histogram | Reading]:
+    def families(self) -> list[Family]:
         return [
             self.started, self.finished, self.refused, self.prompt_tokens, self.output_tokens,
             self.ttft, self.tpot, self.e2e, self.step,

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -23,9 +23,10 @@ from tenon.engine import messages as m
 from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
 from tenon.server.limits import Limits
-from tenon.server.metrics import Reading, ServerMetrics, render
+from tenon.server.metrics import Reading, Readings, ServerMetrics, render
 
 STATS_EVERY_S: Final = 0.12
+KV_EVENTS_AT_ONCE: Final = 1024
 
 _log = logging.getLogger("tenon.server")
 
@@ -50,6 +51,8 @@ class _Flight:
     n_output: int = 0
     first_s: float | None = None
     reasons: set[str] = field(default_factory=set)
+    cache: dict[str, Any] | None = None
+    """What the cache had for its prompt; None until the engine takes it up."""
 
 
 class Job:
@@ -150,10 +153,12 @@ class Service:
         self._stats_published_s = float("-inf")
         self._stats_timer: asyncio.TimerHandle | None = None
         self._announce()
+        events.on_extras = self._tell_extras
 
     def attach(self, send: Callable[[m.ToEngine], None]) -> None:
         """From now on there is an engine that can be told something."""
         self._send = send
+        self._tell_extras()
 
     # What the engine says.
 
@@ -178,12 +183,19 @@ class Service:
                     )  # fmt: skip
                     self._end(flight, "error" if flight.accepted else "rejected")
                     flight.job.fail(failure, "abort")
+            case m.Misses():
+                if flight := self._flights.get(message.request_id):
+                    flight.cache = _cache_json(message)
             case m.Outputs():
                 for delta in message.deltas:
                     if flight := self._flights.get(delta.request_id):
                         self._deliver(flight, delta)
             case m.Stats():
                 self._take_stats(message)
+            case m.KVEvents():
+                self._publish_kv(message)
+            case m.Residency():
+                self.events.publish_extra("residency", **msgspec.structs.asdict(message))
 
     def on_phase(self, phase: m.Phase) -> None:
         """Start-up has come this far; the reason why the server is not ready names it."""
@@ -332,7 +344,7 @@ class Service:
             flight.first_s = self.clock.now_s()
             ttft_s = flight.first_s - flight.add.arrival_s
             self.metrics.ttft.observe(ttft_s)
-            self.events.publish("first", request_id=flight.add.request_id, ttft_s=ttft_s)
+            self.events.publish("first", request_id=flight.add.request_id, ttft_s=ttft_s, cache=flight.cache)
         if delta.finish_reason is not None:
             flight.open.discard(delta.index)
             flight.reasons.add(delta.finish_reason)
@@ -353,8 +365,9 @@ class Service:
             per_sequence = flight.n_output / flight.add.n
             self.metrics.tpot.observe((now_s - flight.first_s) / (per_sequence - 1))
         self.events.publish(
-            "finished", request_id=flight.add.request_id, reason=reason, n_output=flight.n_output, e2e_s=e2e_s
-        )
+            "finished", request_id=flight.add.request_id, reason=reason, n_output=flight.n_output, e2e_s=e2e_s,
+            cache=flight.cache,
+        )  # fmt: skip
         flight.job.wake()
 
     def _take_stats(self, stats: m.Stats) -> None:
@@ -376,6 +389,18 @@ class Service:
             self._stats_published_s = self.clock.now_s()
             self.events.publish("stats", in_flight=len(self._flights), **msgspec.structs.asdict(self.stats))
 
+    def _publish_kv(self, message: m.KVEvents) -> None:
+        """In pieces, so that no event is huge."""
+        for start in range(0, len(message.events), KV_EVENTS_AT_ONCE):
+            events = [msgspec.structs.asdict(event) for event in message.events[start : start + KV_EVENTS_AT_ONCE]]
+            self.events.publish_extra("kv", events=events, dropped=message.dropped)
+
+    def _tell_extras(self) -> None:
+        """Have the engine send what somebody reads, and no more."""
+        wanted = self.events.wanted
+        if self._send is not None and self.state is not State.DEAD:
+            self._send(m.Watch("kv" in wanted, "residency" in wanted, "victims" in wanted))
+
     def _enter(self, state: State, reason: str) -> None:
         if self.state is not state:
             _log.info("%s -> %s%s", self.state, state, f": {reason}" if reason else "")
@@ -394,14 +419,43 @@ def _outcome(reasons: set[str]) -> str:
     return "length" if "length" in reasons else "stop"
 
 
-def _engine_readings(stats: m.Stats) -> list[Reading]:
+def _cache_json(misses: m.Misses) -> dict[str, Any]:
+    """The ``cache`` of an event: a run's fields that are not known are left out."""
+    runs = [{name: it for name, it in msgspec.structs.asdict(run).items() if it is not None} for run in misses.runs]
+    return {
+        "cached_tokens": misses.cached_tokens, "holes": misses.holes, "n_misses": misses.n_runs, "misses": runs,
+    }  # fmt: skip
+
+
+def _engine_readings(stats: m.Stats) -> list[Reading | Readings]:
     return [
         Reading("tenon_engine_running", "Sequences being computed.", stats.running),
         Reading("tenon_engine_waiting", "Sequences that wait in the engine.", stats.waiting),
         Reading("tenon_kv_blocks", "Blocks of the KV cache.", stats.blocks_total),
         Reading("tenon_kv_blocks_used", "Blocks held by sequences.", stats.blocks_held),
         Reading("tenon_kv_blocks_cached", "Blocks kept for prefix reuse alone.", stats.blocks_cached),
-        Reading("tenon_prefix_hit_tokens_total", "Prompt tokens found in cache.", stats.cached_tokens, kind="counter"),
+        *_cache_readings(stats),
         Reading("tenon_engine_steps_total", "Steps of the engine.", stats.steps, kind="counter"),
         Reading("tenon_preemptions_total", "Sequences preempted.", stats.preemptions, kind="counter"),
+    ]
+
+
+def _cache_readings(stats: m.Stats) -> list[Reading | Readings]:
+    """Of prompts as the engine took them up, once each; blocks are positions' blocks."""
+
+    def counted(name: str, help_text: str, value: float) -> Reading:
+        return Reading(name, help_text, value, kind="counter")
+
+    missed = {kind: float(stats.missed_tokens.get(kind, 0)) for kind in ("new", "evicted", "skipped")}
+    return [
+        counted("tenon_prefix_query_tokens_total", "Tokens of prompts taken up by the engine.", stats.prompt_tokens),
+        counted("tenon_prefix_hit_tokens_total", "Prompt tokens found in cache.", stats.cached_tokens),
+        Readings("tenon_prefix_miss_tokens_total", "Tokens looked up in vain, by reason.", "reason", missed),
+        counted("tenon_prefix_query_blocks_total", "Full blocks of prompts looked up in cache.", stats.lookup_blocks),
+        counted("tenon_prefix_hit_blocks_total", "Blocks of prompts found in cache.", stats.hit_blocks),
+        counted("tenon_prompt_flops_total", "FLOPs of all prompts, had nothing been cached.", stats.prompt_flops),
+        counted("tenon_prompt_flops_saved_total", "FLOPs of prompts that the cache saved.", stats.saved_flops),
+        counted("tenon_prompt_holes_total", "Runs computed before tokens that were in cache.", stats.holes),
+        counted("tenon_kv_evictions_total", "Blocks evicted, of all groups.", stats.evictions),
+        counted("tenon_kv_events_dropped_total", "Events lost before they were sent.", stats.kv_events_dropped),
     ]

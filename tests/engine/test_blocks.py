@@ -12,6 +12,7 @@ import pytest
 from tenon.base.errors import ConfigError, IntegrityError
 from tenon.engine.blocks import BlockPool, chain_digest, root_digest
 from tenon.engine.config import state_secret
+from tenon.engine.kv_log import REMOVED
 from tenon.engine.messages import Add
 from tenon.engine.policies.evict import Cached
 from tenon.engine.policies.recency import Lru
@@ -66,7 +67,7 @@ def test_published_blocks_stay_until_needed_and_the_oldest_goes_first() -> None:
     assert p.lookup(b"b", b"tokens") is None
     assert p.lookup(b"a", b"tokens") == a
     assert p.take() == c
-    assert list(p.evicted) == [b"b", b"c"]
+    assert [(e.key, e.reason) for e in p.log if e.kind == REMOVED] == [(b"b", "evicted"), (b"c", "evicted")]
 
 
 def test_a_hit_compares_tokens_so_that_a_collision_serves_nothing() -> None:

@@ -121,9 +121,10 @@ def test_weights_are_not_replaced_under_a_request(tmp_path: Path) -> None:
 def test_events_name_each_block_once() -> None:
     made = hash_engine(6)
     run(made, [Add("a", tuple(range(40)), 2, 0)])
-    first = made.take_kv_events()
-    assert len(first.stored) == 4  # two full blocks in each of two groups
-    assert first.evicted == ()
-    assert made.take_kv_events().stored == ()
+    first = made.take_kv_events().events
+    assert len(first) == 4  # two full blocks in each of two groups
+    assert {event.kind for event in first} == {"stored"}
+    assert made.take_kv_events().events == ()
     run(made, [Add("b", tuple(range(100, 170)), 2, 0)])
-    assert set(made.take_kv_events().evicted) <= set(first.stored)
+    gone = {event.digest for event in made.take_kv_events().events if event.reason == "evicted"}
+    assert gone & {event.digest for event in first}

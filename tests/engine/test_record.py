@@ -81,6 +81,20 @@ def test_a_replay_makes_the_same_steps(tmp_path: Path, whole_steps: bool) -> Non
     assert found.end_s == pytest.approx(ticks[-1].now_s + ticks[-1].seconds)
 
 
+@pytest.mark.parametrize("forgets", [False, True])
+def test_what_was_forgotten_is_forgotten_in_the_replay(tmp_path: Path, forgets: bool) -> None:
+    engine = RecordedEngine(hash_engine(40, 200), tmp_path / "run.steps")
+    for name in ("a", "b"):
+        engine.add(Add(name, tuple(range(60)), 2, 0))
+        while engine.has_work:
+            engine.tick(0.0)
+        if forgets:
+            assert engine.forget_idle() > 0
+    engine.close()
+    found = replay(tmp_path / "run.steps")
+    assert (found.difference, found.cached_tokens) == ("", 0 if forgets else 48)
+
+
 def small_pool(n_blocks: int) -> EngineConfig:
     spec = read_config(resolve("embedded"))
     per_block = sum(group.block_bytes for group in spec.kv_groups("m", 16, 2))

@@ -5,7 +5,6 @@ colliding keys. After every step blocks are conserved and each published one hol
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,8 @@ import pytest
 from tenon.engine.blocks import DIGEST_BYTES
 from tenon.engine.engine import Engine
 from tenon.engine.executors.hash import HashExecutor
-from tenon.engine.messages import Add, Delta
+from tenon.engine.kv_log import KVLog
+from tenon.engine.messages import Add, Delta, KVEvents
 from tenon.engine.policies.table import POLICIES
 from tests.engine.build import Outputs, chunked, hash_engine, run
 from tests.engine.test_blocks import Colliding
@@ -149,7 +149,7 @@ def test_a_storm_of_evictions(size: int, evict: str) -> None:
     made = small(size, n_blocks=1 + -(-longest // size), evict=evict, max_step_tokens=37)
     outputs, _ = drive(made, {i: [add] for i, add in enumerate(adds)})
     assert outputs == right(adds)
-    assert sum(len(pool.evicted) for pool in made.scheduler.pools) > made.scheduler.pools[0].n_blocks
+    assert sum(pool.n_evicted for pool in made.scheduler.pools) > made.scheduler.pools[0].n_blocks
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -202,17 +202,118 @@ def test_colliding_keys_beyond_holes_serve_nothing_wrong(size: int) -> None:
     assert all(pool.saved > 100 for pool in made.scheduler.pools)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_events_replay_to_what_is_resident(size: int) -> None:
-    made, resident = small(size, max_step_tokens=37), Counter[str]()
+Mirrored = dict[tuple[int, str], tuple[int, str]]
+"""By group and digest: position and parent."""
+
+
+def mirror(seen: Mirrored, events: KVEvents) -> None:
+    for event in events.events:
+        where = event.group, event.digest
+        if event.kind == "stored":
+            seen[where] = event.position, event.parent
+        elif event.kind == "removed":
+            seen.pop(where, None)
+        else:
+            for gone in [other for other in seen if other[0] == event.group]:
+                del seen[gone]
+
+
+def resident(made: Engine) -> Mirrored:
+    return {
+        (group, entry.key.hex()): (entry.position, pool.content(entry.block)[:DIGEST_BYTES].hex())
+        for group, pool in enumerate(made.scheduler.pools)
+        for entry in pool.entries
+    }
+
+
+def busy(size: int = 16) -> Engine:
+    made = small(size, max_step_tokens=37)
     for add in turns(5):
         made.add(add)
+    return made
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_events_replay_to_what_is_resident(size: int) -> None:
+    """Each batch is applied twice, which makes no difference."""
+    made, seen = busy(size), Mirrored()
     while made.has_work:
         made.tick(0.0)
         events = made.take_kv_events()
-        resident.update(events.stored)
-        resident.subtract(events.evicted)
-        assert +resident == Counter(entry.key.hex() for pool in made.scheduler.pools for entry in pool.entries)
+        mirror(seen, events)
+        mirror(seen, events)
+        assert seen == resident(made)
+    assert events.dropped == 0
+
+
+@pytest.mark.parametrize("end", ["reset", "load_weights", "forget_idle"])
+def test_events_replay_beyond_what_empties_the_cache(end: str) -> None:
+    made, seen = busy(), Mirrored()
+    for _ in range(9):
+        made.tick(0.0)
+    if end == "load_weights":
+        run(made)
+    before = len(resident(made))
+    {"reset": made.reset, "load_weights": lambda: made.load_weights("", 1), "forget_idle": made.forget_idle}[end]()
+    mirror(seen, made.take_kv_events())
+    assert seen == resident(made)
+    assert len(seen) < before
+    assert (len(seen) > 0) == (end == "forget_idle")
+    run(made, [asked("next", prompt(8))])
+    mirror(seen, made.take_kv_events())
+    assert seen == resident(made)
+
+
+def test_lost_events_are_counted_and_what_is_resident_is_told_anew() -> None:
+    made, seen = busy(), Mirrored()
+    for pool in made.scheduler.pools:
+        pool.log = KVLog(pool.n_blocks, 5)
+    run(made)
+    events = made.take_kv_events()
+    assert events.dropped == made.stats(0.0).kv_events_dropped > 0
+    assert {event.reason for event in events.events if event.kind == "cleared"} == {"resident"}
+    mirror(seen, events)
+    assert seen == resident(made)
+    assert made.take_kv_events().dropped == events.dropped
+
+
+def test_a_mirror_that_misses_a_batch_is_wrong() -> None:
+    made, seen = busy(), Mirrored()
+    while made.has_work:
+        made.tick(0.0)
+        events = made.take_kv_events()
+        if made.scheduler.counters.steps % 5:
+            mirror(seen, events)
+    assert seen != resident(made)
+    made.restart_kv_events()
+    mirror(seen, made.take_kv_events())
+    assert seen == resident(made)
+
+
+def test_events_come_in_pieces_where_they_are_many() -> None:
+    made, seen, n = busy(), Mirrored(), 0
+    run(made)
+    while (events := made.take_kv_events(3)).events:
+        assert len(events.events) <= 3
+        mirror(seen, events)
+        n += 1
+    assert seen == resident(made)
+    assert n > 5
+
+
+def test_forgetting_what_is_idle_disturbs_nobody() -> None:
+    made = small(n_blocks=60, max_step_tokens=37)
+    run(made, [asked("earlier", prompt(0))])
+    first = asked("first", prompt(1))
+    made.add(first)
+    for _ in range(5):
+        made.tick(0.0)
+    idle = sum(pool.n_idle for pool in made.scheduler.pools)
+    assert made.forget_idle() == idle > 0
+    check(made)
+    assert run(made)["first", 0] == right([first])["first", 0][1:]
+    assert [run(made, [asked(name, prompt(seed))]) and made.take_misses()[-1].cached_tokens for name, seed in
+            (("a", 0), ("b", 1))] == [0, 144]  # fmt: skip
 
 
 class Careless(Colliding):

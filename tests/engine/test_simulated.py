@@ -84,7 +84,7 @@ def state_of(scheduler: Scheduler) -> dict[str, Any]:
         "counters": asdict(scheduler.counters),
         "pools": [
             (list(p.ref), list(p._free), [known(e) for e in p.entries], [known(e) for e in p.shadows.values()],
-             list(p.stored), list(p.evicted))
+             list(p.log))
             for p in scheduler.pools
         ],
         "running": [

@@ -196,7 +196,12 @@ def test_other_web_sites_are_kept_out(server: Running, headers: dict[str, str]) 
 
 
 def test_the_page_is_served_under_a_strict_policy(server: Running) -> None:
-    for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")):
+    for path, kind in (
+        ("/", "text/html"),
+        ("/page.js", "text/javascript"),
+        ("/map.js", "text/javascript"),
+        ("/page.css", "text/css"),
+    ):
         response = httpx.get(server.url + path, timeout=PATIENCE_S)
         assert response.headers["content-type"].startswith(kind)
         assert "default-src 'none'" in response.headers["content-security-policy"]

@@ -1,5 +1,7 @@
 // The page: a playground over the public API, and a live strip fed by /events. Nothing internal is read.
 
+import { showMap } from "/map.js";
+
 const $ = (id) => document.getElementById(id);
 const HISTORY = 240; // points of the sparkline, four a second
 const SAMPLES = {
@@ -232,7 +234,10 @@ const on = {
     $("waiting").textContent = event.waiting;
     const asked = event.prompt_tokens;
     $("hits").textContent = asked ? `${((event.cached_tokens / asked) * 100).toFixed(0)} %` : "–";
+    $("saved").textContent = event.prompt_flops ? `${((event.saved_flops / event.prompt_flops) * 100).toFixed(0)} %` : "–";
+    $("holes").textContent = event.holes.toLocaleString("en");
   },
+  residency: showMap,
   first(event) {
     firsts.push(event.ttft_s);
     if (firsts.length > 15) firsts.shift();
@@ -315,7 +320,7 @@ function showComposer() {
 }
 
 function watch() {
-  const source = new EventSource("/events");
+  const source = new EventSource("/events?residency=1");
   source.onmessage = (message) => {
     const event = JSON.parse(message.data);
     if (event.v === 1) on[event.kind]?.(event);
