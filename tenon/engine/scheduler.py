@@ -236,7 +236,8 @@ class Scheduler:
             n_held = len(awaited) + sum(pool.ref[blocks[group]] > 0 for blocks in cached.values())
             if n_blocks - n_held > pool.n_available:
                 return False
-        self.explain.admitted(seq, self.pools, dict(sorted([*cached.items(), *((i, []) for i in awaited)])))
+        pending = {i: [int(table[i]) for table in owner.tables] for i, owner in awaited.items()}
+        self.explain.admitted(seq, self.pools, dict(sorted((cached | pending).items())))
         seq.turn = turn_of(cached, self.pools[0])
         hold(seq, self.pools, cached, awaited, n_blocks)
         seq.ahead = runs_of(cached, size)

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 from tenon.base.errors import IntegrityError
 from tenon.engine.blocks import BlockPool
 from tenon.engine.policies.asymcache import AsymCache
+from tenon.engine.kv_log import CLEARED, STORED
 from tenon.engine.policies.evict import Cached
 from tenon.engine.policies.recency import Lru
 from tenon.engine.policies.table import POLICIES
@@ -275,11 +276,19 @@ class Pooled(RuleBasedStateMachine):
     @invariant()
     def events_replay_to_what_is_resident(self) -> None:
         if hasattr(self, "pool"):
-            stored, evicted = list(self.pool.stored), list(self.pool.evicted)
-            assert len(stored) == self.pool.n_stored == self.n_stored
-            left = {key: stored.count(key) - evicted.count(key) for key in {*stored, *evicted}}
-            assert {key for key, n in left.items() if n} == set(self.known)
-            assert set(left.values()) <= {0, 1}
+            resident: set[bytes] = set()
+            n_stored = 0
+            for event in self.pool.log:
+                if event.kind == CLEARED:
+                    resident.clear()
+                elif event.kind == STORED:
+                    assert event.key not in resident
+                    resident.add(event.key)
+                    n_stored += 1
+                else:
+                    resident.remove(event.key)
+            assert n_stored == self.pool.n_stored == self.n_stored
+            assert resident == set(self.known)
 
 
 def seen(entry: Cached) -> tuple[Any, ...]:
