@@ -91,8 +91,8 @@ def prefill_shape(start: int, n: int, windows: Sequence[int | None] = (None,), o
 def with_run(shape: StepShape, start: int, n: int, windows: Sequence[int | None], outputs: int = 0) -> StepShape:
     """``shape`` and positions [start, start + n) of one more sequence, in closed form: no array is made.
 
-    Equal to ``spans_shape`` of both but for ``largest`` where a run is shorter than ``PIECE_ROWS``: its piece counts as
-    the pairs that it has.
+    Equal to ``spans_shape`` of both, but for ``largest`` where a run is shorter than twice ``PIECE_ROWS``: its piece
+    counts no more than the run's pairs.
     """
     end = start + n
     reads, pairs, largest = [], [], []
