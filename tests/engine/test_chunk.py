@@ -17,7 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenon.base.errors import ConfigError
+from tenon.cost import calibration
+from tenon.cost.price import seconds
 from tenon.cost.work import StepShape, decode_shape, spans_shape, with_run
+from tenon.engine.build import build_engine
 from tenon.engine.chunks import Chunks, predictor
 from tenon.engine.config import EngineConfig
 from tenon.engine.engine import Engine
@@ -40,8 +43,9 @@ from tenon.engine.record import Opening, RecordedEngine, Tick, read, replay
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.simulate import Marks, Simulated, Simulation
 from tenon.engine.step import Step
-from tenon.models.spec import ModelSpec
+from tenon.models.spec import ModelSpec, step_work
 from tenon.workloads.trace import Segment, Trace, TraceRequest
+from tests.cost.test_calibration import measured
 from tests.engine.build import hash_engine, run
 
 WINDOWS = (None, 24)
@@ -179,9 +183,9 @@ def test_one_outlier_changes_nothing_and_many_do(make: Callable[[], Model], outl
 
 def test_a_correction_is_bounded_and_deaf_to_what_is_no_time() -> None:
     model = Corrected(cost)
-    for seconds in (0.0, -1.0, math.nan, math.inf):
+    for taken_s in (0.0, -1.0, math.nan, math.inf):
         for _ in range(9):
-            model.tell(rows_only(10), seconds)
+            model.tell(rows_only(10), taken_s)
     assert model.ratio == 1.0
     for _ in range(99):
         model.tell(rows_only(10), 1000.0)
@@ -423,8 +427,36 @@ def test_what_is_aimed_at_has_to_be_said() -> None:
     assert set(CHUNKS) == {"fixed", "adaptive", "threshold"}
 
 
-def test_a_machine_without_a_calibration_learns_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state folder of its own."""
     monkeypatch.setenv("TENON_STATE", str(tmp_path))
+    return tmp_path
+
+
+def test_a_machine_without_a_calibration_learns_and_says_so(state: Path) -> None:
     found = predictor(SPEC, "float32", "cpu")
     assert found.step_s is None
     assert found.note.startswith("chunks go by measured steps alone: this machine is not calibrated")
+
+
+def test_a_calibration_is_used_for_the_device_and_type_that_it_is_of(state: Path) -> None:
+    made = calibration.calibrate(measured(20))
+    calibration.save(made)
+    found, shape = predictor(SPEC, "float32", "cpu"), spans_shape([(0, 100)], 1, WINDOWS)
+    assert found.step_s is not None
+    assert found.step_s(shape) == seconds(step_work(SPEC, shape, "float32"), made.device())
+    assert found.note.startswith("chunks go by this machine's calibration")
+    others = [predictor(SPEC, dtype, device) for dtype, device in (("float32", "cuda:0"), ("float16", "cpu"))]
+    assert [other.step_s for other in others] == [None, None]
+    assert [word in other.note for word, other in zip(("not the gpu", "float16"), others, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("chunk", ["fixed", "threshold", "adaptive"])
+def test_the_engine_says_what_its_chunks_go_by(state: Path, chunk: str) -> None:
+    config = EngineConfig(executor="hash", chunk=chunk, tpot_ms=20.0)  # type: ignore[arg-type]
+    made = build_engine(config, lambda *_: None)
+    assert ("chunks go by" in made.identity.description["notes"]) is (chunk == "adaptive")
+    assert isinstance(
+        made.scheduler.chunks.policy, {"fixed": Fixed, "threshold": Threshold, "adaptive": Adaptive}[chunk]
+    )
