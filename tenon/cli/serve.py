@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from tenon.engine.config import EngineConfig
 from tenon.engine.messages import Ready
+from tenon.engine.policies.chunk import CHUNKS
 from tenon.server.run import ServeConfig, serve
 
 
@@ -41,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--block-tokens", type=int, default=engine.block_tokens)
     group.add_argument("--max-sequences", type=int, default=engine.max_sequences, help="computed at once")
     group.add_argument("--max-step-tokens", type=int, default=engine.max_step_tokens, help="rows of one step")
+    group.add_argument(
+        "--chunk", default=engine.chunk, choices=tuple(CHUNKS), help="rule for rows of prompts in a step"
+    )
+    group.add_argument("--tpot-ms", type=float, help="time between two tokens that '--chunk adaptive' keeps to")
+    group.add_argument(
+        "--min-chunk-tokens", type=int, default=engine.min_chunk_tokens, help="rows of prompts that no rule goes under"
+    )
     group.add_argument("--max-waiting", type=int, default=engine.max_waiting, help="more are refused with 429")
     group.add_argument("--no-prefix-cache", action="store_true", help="do not reuse the KV of equal prompt beginnings")
     group.add_argument("--threads", type=int, help="CPU threads of the engine (default: the machine's cores)")
@@ -60,6 +68,9 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
             max_model_len=args.max_model_len,
             max_step_tokens=args.max_step_tokens,
             max_sequences=args.max_sequences,
+            chunk=args.chunk,
+            tpot_ms=args.tpot_ms,
+            min_chunk_tokens=args.min_chunk_tokens,
             max_waiting=args.max_waiting,
             prefix_cache=not args.no_prefix_cache,
             threads=args.threads,

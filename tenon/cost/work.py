@@ -88,6 +88,29 @@ def prefill_shape(start: int, n: int, windows: Sequence[int | None] = (None,), o
     return spans_shape([(start, n)], outputs, windows)
 
 
+def with_run(shape: StepShape, start: int, n: int, windows: Sequence[int | None], outputs: int = 0) -> StepShape:
+    """``shape`` and positions [start, start + n) of one more sequence, in closed form: no array is made.
+
+    Equal to ``spans_shape`` of both, but for ``largest`` where a run is shorter than twice ``PIECE_ROWS``: its piece
+    counts no more than the run's pairs.
+    """
+    end = start + n
+    reads, pairs, largest = [], [], []
+    for i, window in enumerate(windows):
+        seen, read = n * start + n * (n + 1) // 2, end
+        if window is not None and end > window:
+            whole = max(0, window - start)  # rows that the window does not cut
+            seen = whole * start + whole * (whole + 1) // 2 + (n - whole) * window
+            read = min(end, n + window - 1)
+        last = end if window is None else min(end, window)
+        reads.append(shape.reads[i] + read)
+        pairs.append(shape.pairs[i] + seen)
+        largest.append(max(shape.largest[i], min(last * min(n, PIECE_ROWS), seen)))
+    return StepShape(
+        shape.rows + n, shape.spans + 1, shape.outputs + outputs, tuple(reads), tuple(pairs), tuple(largest)
+    )
+
+
 def spans_shape(spans: Sequence[tuple[int, int]], outputs: int, windows: Sequence[int | None] = (None,)) -> StepShape:
     """Runs of positions [start, start + n) of sequences: decodes, chunks of prompts and holes, mixed at will."""
     pos = np.concatenate([np.arange(start, start + n) for start, n in spans]) if spans else np.zeros(0, np.int64)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tenon.base.clock import SYSTEM, Clock
 from tenon.base.errors import ConfigError
 from tenon.base.files import state_folder
+from tenon.engine.chunks import Chunks, Predictor, predictor
 from tenon.engine.config import EngineConfig, state_secret
 from tenon.engine.engine import Engine, Identity
 from tenon.engine.executors.base import Executor
@@ -95,6 +96,9 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
     on_phase("memory", 0.0, f"{memory.kv_bytes / 2**20:.0f} MiB for {memory.tokens} tokens")
     executor.allocate(groups, memory.n_blocks)
     on_phase("memory", 1.0, f"{memory.kv_bytes / 2**20:.0f} MiB for {memory.tokens} tokens")
+    caps, predicted = executor.caps, Predictor(None, "")
+    if config.chunk == "adaptive":
+        predicted = predictor(spec, caps.dtype, caps.device)
     scheduler = Scheduler(
         config,
         groups,
@@ -105,8 +109,8 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
         max_model_len=memory.max_model_len,
         secret=state_secret(state_folder()),
         cost_of=recompute_cost(spec, config.block_tokens),
+        chunks=Chunks(config, groups, predicted.step_s),
     )
-    caps = executor.caps
     identity = Identity(
         name=name,
         vocab_size=spec.vocab_size,
@@ -121,7 +125,7 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
             "device": caps.device,
             "dtype": caps.dtype,
             "numerics": config.numerics,
-            "notes": "; ".join(caps.notes),
+            "notes": "; ".join((*caps.notes, *([predicted.note] if predicted.note else ()))),
         },
     )
     return Engine(config, identity, scheduler, executor, clock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tenon.base.errors import ConfigError
+from tenon.engine.policies.chunk import CHUNKS
 from tenon.engine.policies.table import POLICIES
 
 BLOCK_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -28,6 +30,9 @@ class EngineConfig:
     ``reuse``: which resident blocks of a context a request takes over: all of them, beyond holes too, or the leading
     ones only, as most engines do. ``pending``: whether blocks that a running request is computing are shared with
     those that come with the same tokens meanwhile, who wait for them, or each computes its own.
+    ``chunk``: rows of prompts in a step with decodes: "fixed" takes what has room,
+    "adaptive" as many as keep a step within ``tpot_ms``, milliseconds between two tokens of a sequence, which it
+    requires, "threshold" fewer the more sequences decode; neither goes under ``min_chunk_tokens``.
     """
 
     model: str = "embedded"
@@ -46,6 +51,9 @@ class EngineConfig:
     reuse: Literal["blocks", "prefix"] = "blocks"
     pending: Literal["share", "private"] = "share"
     evict: str = "lru"
+    chunk: Literal["fixed", "adaptive", "threshold"] = "fixed"
+    tpot_ms: float | None = None
+    min_chunk_tokens: int = 64
     threads: int | None = None
     weights_seed: int | None = None
     """Random weights from this seed instead of the checkpoint's: for benchmarks of shapes."""
@@ -62,7 +70,10 @@ class EngineConfig:
         require(self.reuse in ("blocks", "prefix"), "reuse", "'blocks' or 'prefix'")
         require(self.pending in ("share", "private"), "pending", "'share' or 'private'")
         require(self.evict in POLICIES, "evict", f"one of {', '.join(map(repr, POLICIES))}")
-        for name in ("max_step_tokens", "max_sequences"):
+        require(self.chunk in CHUNKS, "chunk", f"one of {', '.join(map(repr, CHUNKS))}")
+        require(self.tpot_ms is None or 0 < self.tpot_ms < math.inf, "tpot_ms", "above 0, or left out")
+        require(self.tpot_ms is not None or self.chunk != "adaptive", "tpot_ms", "given where chunk is 'adaptive'")
+        for name in ("max_step_tokens", "max_sequences", "min_chunk_tokens"):
             require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_waiting", "max_preemptions"):
             require(getattr(self, name) >= 0, name, "at least 0")

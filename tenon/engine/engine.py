@@ -85,6 +85,7 @@ class Engine:
         deltas = self.scheduler.commit(step, result)
         self._step_s = self._clock.now_s() - begin_s
         self._bookkeeping_s = self._step_s - (result.end_s - result.start_s)
+        self.scheduler.chunks.measured(step, self._step_s)
         return deltas
 
     def stats(self, now_s: float) -> Stats:

@@ -55,7 +55,10 @@ def begin(scheduler: Scheduler, truth: Truth, windows: Sequence[int | None]) -> 
 
 
 def _is_shut(scheduler: Scheduler) -> bool:
-    """Whether who waits cannot come in however many blocks there are, as long as the same sequences run."""
+    """Whether who waits cannot come in however many blocks there are, as long as the same sequences run.
+
+    A chunk policy leaves a row for them wherever the step has one.
+    """
     n_slots = sum(seq.n_slots for seq in (scheduler.waiting[0], *scheduler.running))
     return n_slots > scheduler.config.max_sequences or len(scheduler.running) == scheduler.config.max_step_tokens
 

@@ -27,11 +27,13 @@ import numpy as np
 from tenon.base.clock import SYSTEM, Clock
 from tenon.base.errors import ConfigError, RequestError, ResourceError
 from tenon.cost.work import StepShape
+from tenon.engine.chunks import Chunks
 from tenon.engine.config import EngineConfig
 from tenon.engine.engine import Engine, Identity
 from tenon.engine.executors.base import Caps, Executor, Ticket
 from tenon.engine.executors.simulated import SimulatedExecutor
 from tenon.engine.messages import Abort, Accepted, Add, Delta, Drain, Forget, LoadWeights, Reset, ToEngine
+from tenon.engine.policies.chunk import Load
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.step import I32, Step, StepResult
 from tenon.models.spec import KVGroup
@@ -78,6 +80,8 @@ class Tick(msgspec.Struct, frozen=True, tag="tick", forbid_unknown_fields=True):
     seconds: float
     ids: bytes
     errors: dict[int, str]
+    chunk: int = 0
+    """Rows of prompts that the chunk policy chose, which goes by measured times; 0 where it was not asked."""
 
 
 class Closing(msgspec.Struct, frozen=True, tag="closing", forbid_unknown_fields=True):
@@ -171,7 +175,7 @@ class RecordedEngine(Engine):
                 n_blocks=scheduler.pools[0].n_blocks,
                 n_groups=len(scheduler.pools),
                 weights_version=scheduler.weights_version,
-                policies={"evict": engine.config.evict},
+                policies={"evict": engine.config.evict, "chunk": engine.config.chunk},
                 executor=caps.name,
                 device=caps.device,
                 dtype=caps.dtype,
@@ -217,7 +221,8 @@ class RecordedEngine(Engine):
             seconds = max(0.0, result.end_s - result.start_s)
             ids = np.ascontiguousarray(result.ids, "<i4").tobytes()
             said = packed if self._whole else digest(packed)
-            self._write(Tick(tuple(self._taken), now_s, said, seconds, ids, result.errors))
+            chosen = self.scheduler.chunks.chosen
+            self._write(Tick(tuple(self._taken), now_s, said, seconds, ids, result.errors, chosen))
             self._taken.clear()
             self._n_steps += 1
         return deltas
@@ -321,7 +326,10 @@ class _Different(Exception):
 
 
 class _Recorded:
-    """The oracle and the cost of a replay: the record's present tick. Compares steps before it answers."""
+    """The oracle, the cost and the chunk policy of a replay: the record's present tick. Compares steps before it
+    answers."""
+
+    model = None
 
     def __init__(self, whole_steps: bool) -> None:
         self._whole = whole_steps
@@ -331,6 +339,11 @@ class _Recorded:
 
     def seconds(self, _: StepShape) -> float:
         return self._seconds
+
+    def choose(self, _: Load) -> int:
+        if self.tick is None or not self.tick.chunk:
+            raise _Different("a chunk has to be chosen where none is in the record")
+        return self.tick.chunk
 
     def answer(self, step: Step) -> tuple[I32, dict[int, str]]:
         tick, self.tick = self.tick, None
@@ -413,6 +426,7 @@ def _fresh(opening: Opening, path: Path) -> tuple[Engine, VirtualClock, _Recorde
         eos_ids=opening.eos_ids,
         max_model_len=opening.max_model_len,
         secret=bytes(32),
+        chunks=Chunks(config, groups, policy=recorded),
     )
     scheduler.weights_version = opening.weights_version
     length, vocabulary = opening.max_model_len, opening.vocab_size

@@ -18,6 +18,7 @@ import numpy as np
 from tenon.base.errors import ContextTooLong, IntegrityError, Overloaded, RequestError
 from tenon.engine.assemble import Assembler, Span
 from tenon.engine.blocks import DIGEST_BYTES, BlockPool, root_digest
+from tenon.engine.chunks import Chunks
 from tenon.engine.config import EngineConfig
 from tenon.engine.counters import Counters
 from tenon.engine.explain import Explainer
@@ -50,8 +51,10 @@ class Scheduler:
         max_model_len: int,
         secret: bytes,
         cost_of: CostOf = lambda position: 1.0,
+        chunks: Chunks | None = None,
     ) -> None:
-        """``cost_of``: what a block at a position costs to compute once more, for policies to weigh."""
+        """``cost_of``: what a block at a position costs to compute once more, for policies to weigh. ``chunks``: rows
+        of each step; by default the config's policy, which learns what steps take."""
         self.config = config
         self.model = model
         self.vocab_size = vocab_size
@@ -66,6 +69,7 @@ class Scheduler:
         self.running: list[Seq] = []
         self.counters = Counters()
         self.pending = Pending()
+        self.chunks = chunks or Chunks(config, groups)
         self._secret = secret
         self._order = 0
         self._next_seq = 0
@@ -155,20 +159,21 @@ class Scheduler:
             self._spans, self._moves = lane.spans, []
             if self.waiting:
                 self._spans = list(lane.spans)
-                self._admit(self.config.max_step_tokens - len(lane.spans))
+                self._admit(self.chunks.budget(lane.seqs, (), self.waiting) - len(lane.spans))
             self.counters.steps += 1
             if self._lane is lane:
                 return self._assembler.further(self.counters.steps, self.weights_version, lane.tok_S, lane.start_S)
             return self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
         self.leave_lane()
         self.pending.begin_step()
-        budget, size = self.config.max_step_tokens, self.config.block_tokens
+        size = self.config.block_tokens
         self._spans, self._moves = [], []
         n_preempted = self.counters.preemptions
         decodes: list[Seq] = []
         prefills: list[Seq] = []
         for seq in self.running:
             (decodes if seq.is_decoding else prefills).append(seq)
+        budget = self.chunks.budget(decodes, prefills, self.waiting)
         for seq in decodes:
             if budget == 0:
                 break

@@ -25,6 +25,7 @@ from tenon.cost.price import seconds
 from tenon.cost.work import StepShape
 from tenon.engine import fast_forward
 from tenon.engine.build import plan_memory
+from tenon.engine.chunks import Chunks
 from tenon.engine.config import EngineConfig
 from tenon.engine.engine import Engine, Identity
 from tenon.engine.executors.simulated import SimulatedExecutor, StepCost, TrueTokens
@@ -163,6 +164,7 @@ class Simulation:
             max_model_len=memory.max_model_len,
             secret=SECRET,
             cost_of=recompute_cost(spec, config.block_tokens),
+            chunks=Chunks(config, groups, cost),
         )
         description = {"executor": "simulated", "device": marks.device, "dtype": dtype, "notes": marks.cost}
         length, n_blocks = memory.max_model_len, memory.n_blocks

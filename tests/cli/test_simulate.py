@@ -44,6 +44,15 @@ def test_the_summary_says_that_it_is_simulated_and_by_what(
     assert "SLO met" in said
 
 
+def test_chunks_are_settings_like_others(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--trace", str(trace), "--json", "--config", "chunk=adaptive")
+    assert run(tmp_path, *words, "--config", "tpot_ms=12.5", "--config", "min_chunk_tokens=32") == 0
+    about = json.loads(capsys.readouterr().out)["about"]
+    assert (about["chunk"], about["tpot_ms"], about["min_chunk_tokens"]) == ("adaptive", 12.5, 32)
+    with pytest.raises(ConfigError, match="tpot_ms"):
+        run(tmp_path, *words)
+
+
 def test_json_is_the_report_and_the_same_each_time(
     tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -146,7 +146,7 @@ def test_the_leading_run_goes_on_through_what_is_pending_and_no_further() -> Non
         for pool in made.scheduler.pools:
             for entry in list(pool.entries)[:2]:
                 pool.evict.busy(entry)
-                pool._unpublish(entry)
+                pool._unpublish(entry, "forgotten")
                 pool._free.append(entry.block)
         made.executor.at[:] = 0  # type: ignore[attr-defined]
         adds = [asked("a", prompt(0)), asked("b", prompt(0))]

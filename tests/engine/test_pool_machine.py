@@ -22,8 +22,8 @@ from hypothesis.stateful import (
 
 from tenon.base.errors import IntegrityError
 from tenon.engine.blocks import BlockPool
-from tenon.engine.policies.asymcache import AsymCache
 from tenon.engine.kv_log import CLEARED, STORED
+from tenon.engine.policies.asymcache import AsymCache
 from tenon.engine.policies.evict import Cached
 from tenon.engine.policies.recency import Lru
 from tenon.engine.policies.table import POLICIES
@@ -332,7 +332,7 @@ class Hoarding(BlockPool):
         if self.n_idle:
             entry = self.evict.victim(self.now_s)
             self.evict.evicted(entry, self.now_s)
-            self._unpublish(entry)
+            self._unpublish(entry, "evicted")
             self._remember(entry)
             self.ref[entry.block] = 1
             return entry.block
@@ -350,7 +350,7 @@ class Twice(BlockPool):
     def publish(self, block: int, digest: bytes, *more: Any) -> None:
         known = self._entry_of.get(digest)
         if known is not None and known.block != block and self._entry[block] is None:
-            self._unpublish(known)
+            self._unpublish(known, "evicted")
         super().publish(block, digest, *more)
 
 

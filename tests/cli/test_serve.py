@@ -1,0 +1,31 @@
+"""``tenon serve``: words to a config."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from tenon.base.errors import ConfigError
+from tenon.cli import serve
+from tenon.engine.config import EngineConfig
+
+
+def config(*words: str) -> EngineConfig:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    return serve.config_from(parser.parse_args(words)).engine
+
+
+def test_nothing_said_is_the_default() -> None:
+    assert config() == EngineConfig()
+
+
+def test_chunks_go_by_what_is_said() -> None:
+    found = config("--chunk", "adaptive", "--tpot-ms", "25", "--min-chunk-tokens", "32")
+    assert (found.chunk, found.tpot_ms, found.min_chunk_tokens) == ("adaptive", 25.0, 32)
+
+
+def test_a_target_that_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match="tpot_ms must be given"):
+        config("--chunk", "adaptive")
