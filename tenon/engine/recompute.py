@@ -22,6 +22,11 @@ CostOf = Callable[[int], float]
 """Of a block by the position of its first token."""
 
 
+def alike(position: int) -> float:
+    """Every block costs the same."""
+    return 1.0
+
+
 def recompute_cost(
     model: ModelSpec | CostShape,
     block_tokens: int,

@@ -34,6 +34,7 @@ from tenon.engine.executors.base import Caps, Executor, Ticket
 from tenon.engine.executors.simulated import SimulatedExecutor
 from tenon.engine.messages import Abort, Accepted, Add, Delta, Drain, Forget, LoadWeights, Reset, ToEngine
 from tenon.engine.policies.chunk import Load
+from tenon.engine.recompute import alike
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.step import I32, Step, StepResult
 from tenon.models.spec import KVGroup
@@ -62,6 +63,8 @@ class Opening(msgspec.Struct, frozen=True, tag="opening", forbid_unknown_fields=
     device: str
     dtype: str
     whole_steps: bool
+    block_costs: tuple[float, ...] = ()
+    """Of the blocks in position order, as policies weigh them; empty where all cost the same."""
 
 
 class Taken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -180,6 +183,9 @@ class RecordedEngine(Engine):
                 device=caps.device,
                 dtype=caps.dtype,
                 whole_steps=whole_steps,
+                block_costs=tuple(
+                    map(scheduler.cost_of, range(0, scheduler.max_model_len, engine.config.block_tokens))
+                ),
             )
         )
 
@@ -427,6 +433,9 @@ def _fresh(opening: Opening, path: Path) -> tuple[Engine, VirtualClock, _Recorde
         max_model_len=opening.max_model_len,
         secret=bytes(32),
         chunks=Chunks(config, groups, policy=recorded),
+        cost_of=(lambda position: opening.block_costs[position // config.block_tokens])
+        if opening.block_costs
+        else alike,
     )
     scheduler.weights_version = opening.weights_version
     length, vocabulary = opening.max_model_len, opening.vocab_size

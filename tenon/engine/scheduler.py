@@ -26,7 +26,7 @@ from tenon.engine.lane import Lane
 from tenon.engine.messages import Accepted, Add, Delta
 from tenon.engine.pending import Pending
 from tenon.engine.policies.table import POLICIES
-from tenon.engine.recompute import CostOf
+from tenon.engine.recompute import CostOf, alike
 from tenon.engine.reuse import hold, resident, runs_of, turn_of
 from tenon.engine.sequence import Request, Seq, State
 from tenon.engine.step import Step, StepResult
@@ -50,7 +50,7 @@ class Scheduler:
         eos_ids: Iterable[int],
         max_model_len: int,
         secret: bytes,
-        cost_of: CostOf = lambda position: 1.0,
+        cost_of: CostOf = alike,
         chunks: Chunks | None = None,
     ) -> None:
         """``cost_of``: what a block at a position costs to compute once more, for policies to weigh. ``chunks``: rows
@@ -62,6 +62,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.weights_version = 0
         make_evict = partial(POLICIES[config.evict], n_blocks)
+        self.cost_of = cost_of
         self.pools = [BlockPool(n_blocks, config.block_tokens, make_evict, cost_of) for _ in groups]
         self.explain = Explainer(config.evict, cost_of, on=config.prefix_cache)
         self.requests: dict[str, Request] = {}

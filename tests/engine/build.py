@@ -22,6 +22,7 @@ from tenon.engine.executors.base import Executor
 from tenon.engine.executors.hash import HashExecutor
 from tenon.engine.executors.torch import TorchExecutor
 from tenon.engine.messages import Add
+from tenon.engine.recompute import CostOf, alike
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.sequence import Seq
 from tenon.engine.step import SAMPLE, GroupStep, Params, Step
@@ -166,7 +167,12 @@ def chunked(made: Engine, chunk: int) -> Engine:
 
 
 def engine(
-    executor: Executor, groups: tuple[KVGroup, ...], n_blocks: int, vocab_size: int, config: EngineConfig
+    executor: Executor,
+    groups: tuple[KVGroup, ...],
+    n_blocks: int,
+    vocab_size: int,
+    config: EngineConfig,
+    cost_of: CostOf = alike,
 ) -> Engine:
     executor.allocate(groups, n_blocks)
     longest = min((n_blocks - 1) * config.block_tokens, 512)
@@ -179,16 +185,17 @@ def engine(
         eos_ids=(),
         max_model_len=longest,
         secret=b"k" * 32,
+        cost_of=cost_of,
     )
     return Engine(config, Identity("m", vocab_size, (), longest, 0, n_blocks, {}), scheduler, executor)
 
 
-def hash_engine(n_blocks: int = 40, vocab_size: int = 1000, **config: Any) -> Engine:
+def hash_engine(n_blocks: int = 40, vocab_size: int = 1000, *, cost_of: CostOf = alike, **config: Any) -> Engine:
     """An engine without a model, with a full and a window group."""
     settings = EngineConfig(executor="hash", **config)
     size = settings.block_tokens
     groups = (KVGroup("m", (0, 1), "full", None, size, 1), KVGroup("m", (2,), "window", 8, size, 1))
-    return engine(HashExecutor(vocab_size), groups, n_blocks, vocab_size, settings)
+    return engine(HashExecutor(vocab_size), groups, n_blocks, vocab_size, settings, cost_of)
 
 
 def run(made: Engine, adds: Iterable[Add] = ()) -> Outputs:

@@ -81,6 +81,14 @@ def test_a_replay_makes_the_same_steps(tmp_path: Path, whole_steps: bool) -> Non
     assert found.end_s == pytest.approx(ticks[-1].now_s + ticks[-1].seconds)
 
 
+@pytest.mark.parametrize("evict", ["gdsf", "pensieve", "asymcache"])
+def test_policies_that_weigh_costs_meet_the_same_costs(evict: str, tmp_path: Path) -> None:
+    made = hash_engine(14, 200, evict=evict, cost_of=lambda at: 1.0 + at, max_step_tokens=40)
+    ticks = iter(range(10**9))
+    serve(RecordedEngine(made, tmp_path / "run"), requests(60, 200), lambda: float(next(ticks)))
+    assert replay(tmp_path / "run").difference == ""
+
+
 @pytest.mark.parametrize("forgets", [False, True])
 def test_what_was_forgotten_is_forgotten_in_the_replay(tmp_path: Path, forgets: bool) -> None:
     engine = RecordedEngine(hash_engine(40, 200), tmp_path / "run.steps")

@@ -249,7 +249,7 @@ def test_events_replay_to_what_is_resident(size: int) -> None:
 @pytest.mark.parametrize("end", ["reset", "load_weights", "forget_idle"])
 def test_events_replay_beyond_what_empties_the_cache(end: str) -> None:
     made, seen = busy(), Mirrored()
-    for _ in range(4):
+    for _ in range(7):
         made.tick(0.0)
     if end == "load_weights":
         run(made)
