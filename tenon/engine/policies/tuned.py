@@ -65,8 +65,8 @@ class Tuned:
     """
 
     WINDOW = 512
-    MARGIN = 1.02
-    TIMES = 2
+    MARGIN = 1.03
+    TIMES = 3
     FADE = 0.85
 
     def __init__(self, n_blocks: int) -> None:

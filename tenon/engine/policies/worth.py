@@ -220,18 +220,18 @@ class Worth:
         if self._learns:
             self.times.see(entry.key, kind, now_s, waited=False)
         if run is None or run.last_s != entry.last_s or run.kind != kind or run.entries[-1].cost < entry.cost:
-            self._close(now_s)
+            self._close()
             run = self._open = _Run(kind, entry.last_s, [])
         run.entries.append(entry)
         run.n_idle += 1
         self._place[entry.block] = entry, run
 
-    def _close(self, now_s: float) -> None:
+    def _close(self) -> None:
         run = self._open
         if run is not None:
             self._open = None
             if run.n_idle:
-                self._put(run, bucket_of(now_s - run.last_s))
+                self._put(run, 0)  # whatever its age: queues stay in the order of last uses
 
     def _put(self, run: _Run, bucket: int) -> None:
         cell = run.cell = run.kind * N_BUCKETS + bucket
@@ -274,7 +274,8 @@ class Worth:
     def _age(self, now_s: float) -> None:
         """Move runs that have come to their next bucket."""
         self._next_s = float("inf")
-        for cell in list(self._cells):
+        # Oldest first: who leaves several buckets behind at once must not stand before who is older.
+        for cell in sorted(self._cells, key=lambda cell: -(cell % N_BUCKETS)):
             at, edge = self._cells[cell], EDGES[cell % N_BUCKETS + 1]
             queue = at.queue
             while queue:
@@ -295,7 +296,7 @@ class Worth:
         self._place.pop(entry.block)[1].n_idle -= 1
 
     def victim(self, now_s: float) -> Cached:
-        self._close(now_s)
+        self._close()
         if now_s >= self._next_s:
             self._age(now_s)
         run = self._latest
@@ -339,7 +340,7 @@ class Worth:
 
     def score(self, entry: Cached, now_s: float) -> float:
         """What it is expected to save per second: in the cost's unit."""
-        self._close(now_s)
+        self._close()
         return entry.cost * self._index[self._place[entry.block][1].cell]
 
     def __len__(self) -> int:
