@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from tenon.engine.config import EngineConfig
 from tenon.engine.messages import Ready
 from tenon.engine.policies.chunk import CHUNKS
+from tenon.engine.policies.table import POLICIES
 from tenon.server.run import ServeConfig, serve
 
 
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-waiting", type=int, default=engine.max_waiting, help="more are refused with 429")
     group.add_argument("--no-prefix-cache", action="store_true", help="do not reuse the KV of equal prompt beginnings")
+    group.add_argument("--evict", default=engine.evict, choices=tuple(POLICIES), help="which cached block gives way")
     group.add_argument("--threads", type=int, help="CPU threads of the engine (default: the machine's cores)")
 
 
@@ -73,6 +75,7 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
             min_chunk_tokens=args.min_chunk_tokens,
             max_waiting=args.max_waiting,
             prefix_cache=not args.no_prefix_cache,
+            evict=args.evict,
             threads=args.threads,
         ),
         host=args.host,

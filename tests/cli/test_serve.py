@@ -21,6 +21,11 @@ def test_nothing_said_is_the_default() -> None:
     assert config() == EngineConfig()
 
 
+def test_the_policy_that_is_named_decides_who_gives_way() -> None:
+    assert config("--evict", "tuned").evict == "tuned"
+    assert config().evict == "lru"
+
+
 def test_chunks_go_by_what_is_said() -> None:
     found = config("--chunk", "adaptive", "--tpot-ms", "25", "--min-chunk-tokens", "32")
     assert (found.chunk, found.tpot_ms, found.min_chunk_tokens) == ("adaptive", 25.0, 32)
