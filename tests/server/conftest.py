@@ -114,7 +114,10 @@ class Stream:
         self._response = self._client.send(
             self._client.build_request("POST", server.url + path, json=content), stream=True
         )
-        assert self._response.status_code == 200
+        if self._response.status_code != 200:
+            said = self._response.read()
+            self.close()
+            raise AssertionError(f"status {self._response.status_code}: {said!r}")
         self._lines = self._response.iter_lines()
 
     def events(self) -> Iterator[dict[str, Any] | str]:
