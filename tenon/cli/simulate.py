@@ -30,7 +30,7 @@ from tenon.workloads.trace import load as load_trace
 
 SETTINGS: Final = (
     "dtype", "block_tokens", "kv_bytes", "max_model_len", "max_step_tokens", "max_sequences", "max_waiting",
-    "max_preemptions", "prefix_cache", "reuse", "evict", "chunk", "tpot_ms", "min_chunk_tokens",
+    "max_preemptions", "prefix_cache", "reuse", "pending", "evict", "chunk", "tpot_ms", "min_chunk_tokens",
 )  # fmt: skip
 """What of an ``EngineConfig`` decides about steps."""
 

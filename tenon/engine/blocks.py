@@ -26,6 +26,7 @@ import numpy as np
 from tenon.base.errors import IntegrityError
 from tenon.engine.kv_log import CLEARED, MAX_EVENTS, REMOVED, STORED, KVLog, Logged
 from tenon.engine.policies.evict import Cached, Evict
+from tenon.engine.recompute import CostOf, alike
 from tenon.engine.victims import Victims
 
 NULL_BLOCK = 0
@@ -56,7 +57,7 @@ class BlockPool:
         n_blocks: int,
         block_tokens: int,
         make_evict: Callable[[], Evict],
-        cost_of: Callable[[int], float] = lambda position: 1.0,
+        cost_of: CostOf = alike,
     ) -> None:
         """``cost_of``: what computing the block at a position once more takes."""
         if n_blocks < 2:

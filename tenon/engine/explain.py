@@ -11,7 +11,7 @@ by key, once when a request comes in; a step costs nothing.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nlargest
 from typing import Final, TypeVar
@@ -20,6 +20,7 @@ import numpy as np
 
 from tenon.engine.blocks import DIGEST_BYTES, BlockPool
 from tenon.engine.messages import Miss, Misses
+from tenon.engine.recompute import CostOf, alike
 from tenon.engine.reuse import runs_of
 from tenon.engine.sequence import Seq
 
@@ -59,7 +60,7 @@ def why(
     found: Mapping[int, Sequence[int]],
     *,
     policy: str = "",
-    cost_of: Callable[[int], float] = lambda position: 1.0,
+    cost_of: CostOf = alike,
     first: First | None = None,
 ) -> list[Miss]:
     """Runs of the blocks that were looked up and are not in ``found`` (see ``resident``), in order, a reason each.
@@ -150,7 +151,7 @@ def _differs_at(seq: Seq, pool: BlockPool, i: int, before: Sequence[int] | None,
 class Explainer:
     """The newest requests' answers to ``why``, and what they sum up to."""
 
-    def __init__(self, policy: str, cost_of: Callable[[int], float], *, on: bool) -> None:
+    def __init__(self, policy: str, cost_of: CostOf, *, on: bool) -> None:
         """``on``: whether there is a cache; without one there is nothing to explain, but prompts still cost."""
         self.lookups = Lookups()
         self.kept: OrderedDict[str, Misses] = OrderedDict()

@@ -141,6 +141,23 @@ def test_scores_are_those_of_the_age() -> None:
     assert policy.times.index.shape == (N_CLASSES, N_BUCKETS)
 
 
+def test_what_is_used_all_the_time_leaves_nothing_behind() -> None:
+    """Each use makes a run; those that are over are thrown away though nothing is ever evicted."""
+    policy = Worth()
+    hot = [Cached(i, str(i).encode(), 16 * i, 100.0 - i, 1, 1, 0.0, 16) for i in range(20)]
+    for entry in hot:
+        policy.stored(entry, 0.0)
+        policy.idle(entry, 0.0)
+    for i in range(20_000):
+        entry, now_s = hot[i % 20], 0.05 * i
+        policy.busy(entry)
+        entry.last_s = now_s
+        policy.idle(entry, now_s)
+        policy.victim(now_s)
+    assert sum(len(cell.heap) + len(cell.queue) for cell in policy._cells.values()) < 1000
+    assert len(policy) == 20
+
+
 @pytest.mark.parametrize("name", sorted(ADVERSARIES))
 def test_never_a_point_under_lru(name: str) -> None:
     asked = visits(adversary(name, capacity=250_000), BLOCK)

@@ -40,7 +40,8 @@ class AsymCache:
     alpha = -L / ln p, beta = alpha / r, tau0 = L (1 - 1 / r). Logarithms of both, times the cost, minus their common
     change with time, do not change: each set is a heap, and the victim is the lesser of the two heads, the second
     shifted by ln lambda (Algorithm 1). Lambda follows the mean of recent reuse times (Eq. 10); the lifespan L is their
-    99th percentile and is looked at anew every ``REFIT`` of them.
+    99th percentile and is looked at anew every ``REFIT`` of them. Without ``adapts`` lambda stays 1, without ``learns``
+    L stays ``lifespan_s``.
     """
 
     RATIO = 40.0

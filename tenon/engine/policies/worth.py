@@ -248,6 +248,10 @@ class Worth:
         cost = self._cheapest(run).cost
         heapq.heappush(at.heap, (cost, self._order, run))
         self.n_moves += len(at.heap).bit_length()
+        if len(at.heap) > 2 * len(at.queue) + 64:  # most have moved on, too dear to come up
+            at.heap = [item for item in at.heap if item[2].cell == run.cell and item[2].n_idle]
+            heapq.heapify(at.heap)
+            self.n_moves += len(at.heap)
         score = cost * self._index[run.cell]
         if score < self._bar and run.cell != self._low:
             self._bar = score
@@ -257,18 +261,15 @@ class Worth:
     def _head(self, cell: int) -> tuple[float, _Run] | None:
         """The least cost of a cell and the run that it ends."""
         at = self._cells[cell]
-        heap = at.heap
-        while heap:
-            cost, _, run = heap[0]
-            if run.cell == cell and run.n_idle:
-                entry = run.entries[-1]
-                if entry.cost == cost and self._place.get(entry.block) == (entry, run):
-                    return cost, run
-                heapq.heappop(heap)
+        while at.heap:
+            cost, _, run = at.heap[0]
+            is_here = run.cell == cell and run.n_idle > 0
+            if is_here and self._cheapest(run).cost == cost:
+                return cost, run
+            heapq.heappop(at.heap)
+            self.n_moves += len(at.heap).bit_length()
+            if is_here:
                 self._push(at, run)
-            else:
-                heapq.heappop(heap)
-            self.n_moves += len(heap).bit_length()
         return None
 
     def _age(self, now_s: float) -> None:
