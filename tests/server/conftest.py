@@ -180,15 +180,20 @@ def _is_ready(running: Running) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> None:
-    """Poll until true; fails the test where it never is."""
+def wait_for(
+    condition: Callable[[], bool], limit_s: float = PATIENCE_S, told: Callable[[], object] | None = None
+) -> None:
+    """Poll until true; fails the test where it never is, with what ``told`` says then."""
 
     async def poll() -> None:
         async with asyncio.timeout(limit_s):
             while not condition():
                 await asyncio.sleep(0.02)
 
-    asyncio.run(poll())
+    try:
+        asyncio.run(poll())
+    except TimeoutError:
+        pytest.fail(f"not within {limit_s:g} s: {told() if told else condition}")
 
 
 @pytest.fixture(scope="session")
