@@ -10,7 +10,7 @@ all blocks it can ever need are free, takes them at once, and is left alone: pre
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -25,6 +25,7 @@ from tenon.engine.explain import Explainer
 from tenon.engine.lane import Lane
 from tenon.engine.messages import Accepted, Add, Delta
 from tenon.engine.pending import Pending
+from tenon.engine.policies.evict import Evict
 from tenon.engine.policies.table import POLICIES
 from tenon.engine.recompute import CostOf, alike
 from tenon.engine.reuse import hold, resident, runs_of, turn_of
@@ -52,16 +53,18 @@ class Scheduler:
         secret: bytes,
         cost_of: CostOf = alike,
         chunks: Chunks | None = None,
+        make_evict: Callable[[], Evict] | None = None,
     ) -> None:
         """``cost_of``: what a block at a position costs to compute once more, for policies to weigh. ``chunks``: rows
-        of each step; by default the config's policy, which learns what steps take."""
+        of each step; by default the config's policy, which learns what steps take. ``make_evict``: another eviction
+        policy than the config's."""
         self.config = config
         self.model = model
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(eos_ids)
         self.max_model_len = max_model_len
         self.weights_version = 0
-        make_evict = partial(POLICIES[config.evict], n_blocks)
+        make_evict = make_evict or partial(POLICIES[config.evict], n_blocks)
         self.cost_of = cost_of
         self.pools = [BlockPool(n_blocks, config.block_tokens, make_evict, cost_of) for _ in groups]
         self.explain = Explainer(config.evict, cost_of, on=config.prefix_cache)

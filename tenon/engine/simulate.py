@@ -30,6 +30,7 @@ from tenon.engine.config import EngineConfig
 from tenon.engine.engine import Engine, Identity
 from tenon.engine.executors.simulated import SimulatedExecutor, StepCost, TrueTokens
 from tenon.engine.messages import Add, Delta, Stats
+from tenon.engine.policies.evict import Evict
 from tenon.engine.recompute import recompute_cost
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.step import Step
@@ -145,8 +146,10 @@ class Simulation:
         forward: bool = True,
         watch: Callable[[Step], None] | None = None,
         records: Path | None = None,
+        make_evict: Callable[[], Evict] | None = None,
     ) -> None:
-        """``memory_bytes``: what is free for keys and values. Raises ``ConfigError`` where that holds no sequence."""
+        """``memory_bytes``: what is free for keys and values. ``make_evict``: another eviction policy than the
+        config's. Raises ``ConfigError`` where the memory holds no sequence."""
         dtype = spec.dtype if config.dtype == "auto" else config.dtype
         groups = spec.kv_groups(marks.model, config.block_tokens, dtype_bytes(dtype))
         self.memory = memory = plan_memory(config, spec, groups, memory_bytes)
@@ -165,6 +168,7 @@ class Simulation:
             secret=SECRET,
             cost_of=recompute_cost(spec, config.block_tokens),
             chunks=Chunks(config, groups, cost),
+            make_evict=make_evict,
         )
         description = {"executor": "simulated", "device": marks.device, "dtype": dtype, "notes": marks.cost}
         length, n_blocks = memory.max_model_len, memory.n_blocks

@@ -50,8 +50,14 @@ class AsymCache:
     CHANGE = 1.25
     """A lifespan off by less than this factor is kept: to change it makes both heaps anew."""
 
-    def __init__(self, lifespan_s: float = 600.0, learns: bool = True, adapts: bool = True) -> None:
-        self.learns, self.adapts = learns, adapts
+    def __init__(
+        self, lifespan_s: float = 600.0, learns: bool = True, adapts: bool = True, likelihood: float = P
+    ) -> None:
+        """``likelihood``: p, of a reuse where the lifespan ends; the paper recommends 0.3 to 0.7. Raises ``ValueError``
+        where it is not between 0 and 1."""
+        if not 0 < likelihood < 1:
+            raise ValueError(f"likelihood must lie between 0 and 1, got {likelihood}")
+        self.learns, self.adapts, self.likelihood = learns, adapts, likelihood
         self._recent = _Recent(2048)
         self._idle: dict[int, Cached] = {}
         self._slow, self._steep = Heap(), Heap()
@@ -59,7 +65,7 @@ class AsymCache:
 
     def _learn(self, lifespan_s: float) -> None:
         self.lifespan_s = lifespan_s
-        self.alpha = -lifespan_s / math.log(self.P)
+        self.alpha = -lifespan_s / math.log(self.likelihood)
         self.beta = self.alpha / self.RATIO
         self.tau0 = lifespan_s * (1.0 - 1.0 / self.RATIO)
         self.log_lambda = 0.0

@@ -26,35 +26,53 @@ SALT: Final = 0x5EED
 
 
 class _Miniature:
-    """One candidate's cache of the sampled keys. A request is over at once: nothing is ever held."""
+    """One candidate's cache of the sampled keys. What is held in the pool is held here, so that as little is left to
+    evict; where nothing is, it grows."""
 
     def __init__(self, policy: Evict, n_blocks: int) -> None:
         self.policy = policy
         self.saved = 0.0
         """Fading sum of what hits would have cost."""
         self._entries: dict[bytes, Cached] = {}
+        self._held: set[bytes] = set()
+        self._free: list[int] = []
         self._n_blocks = n_blocks
 
     def use(self, like: Cached, now_s: float) -> None:
-        policy, entry = self.policy, self._entries.get(like.key)
-        if entry is not None:
+        """A request has this block: found here or computed, and held until it is let go."""
+        policy, key, entry = self.policy, like.key, self._entries.get(like.key)
+        if entry is None:
+            entry = Cached(self._block(now_s), key, like.position, like.cost, like.turn, like.n_uses, now_s, like.length)
+            self._entries[key] = entry
+            policy.stored(entry, now_s)
+        else:
             self.saved += entry.cost
             policy.used(entry, now_s)
-            policy.busy(entry)
+            if key not in self._held:
+                policy.busy(entry)
             entry.n_uses += 1
             entry.turn = like.turn
-        else:
-            block = len(self._entries)
-            if block >= self._n_blocks:
-                victim = policy.victim(now_s)
-                policy.evicted(victim, now_s)
-                del self._entries[victim.key]
-                block = victim.block
-            entry = Cached(block, like.key, like.position, like.cost, like.turn, like.n_uses, now_s, like.length)
-            self._entries[like.key] = entry
-            policy.stored(entry, now_s)
+        self._held.add(key)
+
+    def let_go(self, like: Cached, now_s: float) -> None:
+        """Its last holder has let go of it."""
+        entry = self._entries[like.key]
         entry.last_s, entry.length = now_s, like.length
-        policy.idle(entry, now_s)
+        self._held.discard(like.key)
+        self.policy.idle(entry, now_s)
+        if len(self._entries) > self._n_blocks:
+            self._free.append(self._evict(now_s))
+
+    def _block(self, now_s: float) -> int:
+        if len(self._entries) >= self._n_blocks and len(self.policy):
+            return self._evict(now_s)
+        return self._free.pop() if self._free else len(self._entries)
+
+    def _evict(self, now_s: float) -> int:
+        victim = self.policy.victim(now_s)
+        self.policy.evicted(victim, now_s)
+        del self._entries[victim.key]
+        return victim.block
 
 
 class Tuned:
@@ -97,12 +115,15 @@ class Tuned:
         if times.n_seen >= self._fit_at:
             times.fit(now_s)
             self._fit_at = times.n_seen + min(Worth.FIT_EVERY, times.n_seen)
-        if crc32(entry.key, SALT) % self.sample == 0:
+        if self._is_sampled(entry):
             for mini in self._mini.values():
                 mini.use(entry, now_s)
             self._n_sampled += 1
             if self._n_sampled % self.WINDOW == 0:
                 self._decide(now_s)
+
+    def _is_sampled(self, entry: Cached) -> bool:
+        return crc32(entry.key, SALT) % self.sample == 0
 
     def _decide(self, now_s: float) -> None:
         saved = {name: mini.saved for name, mini in self._mini.items()}
@@ -128,6 +149,9 @@ class Tuned:
     def idle(self, entry: Cached, now_s: float) -> None:
         self._idle[entry.block] = entry
         self.times.see(entry.key, class_of(entry), now_s, waited=False)
+        if self._is_sampled(entry):
+            for mini in self._mini.values():
+                mini.let_go(entry, now_s)
         self._policy.idle(entry, now_s)
 
     def busy(self, entry: Cached) -> None:
