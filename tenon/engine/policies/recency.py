@@ -6,7 +6,7 @@ What most engines do (LRU), what their users asked for (LFU, ARC, S3-FIFO), and 
 from __future__ import annotations
 
 import random
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 
 from tenon.engine.policies.evict import Cached, Heap, Quiet, nothing_idle
 
@@ -106,7 +106,8 @@ class S3Fifo:
     """S3-FIFO (SOSP 2023): a small queue for newcomers, a main one for those used again, a ghost queue of keys.
 
     Blocks keep their place in a queue while they are held; a queue's head that is held leaves it and comes back at the
-    tail of the main one. Uses of held blocks count too. ``capacity``: blocks of the pool.
+    tail of the main one. Uses of held blocks count too. ``capacity``: blocks of the pool. A block whose storing it was
+    not told of, since another policy ruled then, is a newcomer.
     """
 
     SMALL_SHARE = 0.1
@@ -118,16 +119,15 @@ class S3Fifo:
         self._small: deque[Cached] = deque()
         self._main: deque[Cached] = deque()
         self._queue_of: dict[int, deque[Cached]] = {}
-        self._uses: dict[int, int] = {}
-        self._new: set[int] = set()
-        """Stored and in no queue yet."""
+        self._uses: defaultdict[int, int] = defaultdict(int)
+        self._proven: set[int] = set()
+        """Held, and out of their queue since its head came to them."""
         self._idle: set[int] = set()
         self._n_small = 0
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
 
     def stored(self, entry: Cached, now_s: float) -> None:
         self._uses[entry.block] = 0
-        self._new.add(entry.block)
 
     def used(self, entry: Cached, now_s: float) -> None:
         self._uses[entry.block] = min(self.MOST, self._uses[entry.block] + 1)
@@ -137,10 +137,9 @@ class S3Fifo:
         self._idle.add(block)
         if block in self._queue_of:
             return
-        is_new = block in self._new
-        self._new.discard(block)
         is_back = self._ghosts.pop(entry.key, 1) is None
-        self._append(self._small if is_new and not is_back else self._main, entry)
+        self._append(self._main if is_back or block in self._proven else self._small, entry)
+        self._proven.discard(block)
 
     def _append(self, queue: deque[Cached], entry: Cached) -> None:
         queue.append(entry)
@@ -164,7 +163,7 @@ class S3Fifo:
             queue = self._small if is_small else self._main
             entry = queue[0]
             if entry.block not in self._idle:
-                self._pop(queue)  # held: `idle` puts it into the main queue, since it was used again
+                self._proven.add(self._pop(queue).block)
             elif self._uses[entry.block] > (1 if is_small else 0):
                 self._pop(queue)
                 self._uses[entry.block] = 0 if is_small else self._uses[entry.block] - 1
@@ -178,7 +177,7 @@ class S3Fifo:
             raise KeyError(entry.block)
         self._pop(queue)
         self._idle.remove(entry.block)
-        del self._uses[entry.block]
+        self._uses.pop(entry.block, None)
         if queue is self._small:
             self._ghosts[entry.key] = None
             if len(self._ghosts) > self._capacity:

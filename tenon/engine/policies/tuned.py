@@ -14,7 +14,7 @@ from zlib import crc32
 
 from tenon.engine.policies.evict import Cached, Evict
 from tenon.engine.policies.latency import Gdsf
-from tenon.engine.policies.recency import Lru
+from tenon.engine.policies.recency import Lru, S3Fifo
 from tenon.engine.policies.worth import ReuseTimes, Worth, class_of
 
 SAMPLE: Final = 64
@@ -76,7 +76,7 @@ class _Miniature:
 
 
 class Tuned:
-    """``worth``, ``gdsf`` or ``lru``, whichever the miniatures say. ``n_blocks``: of the pool.
+    """``worth``, ``gdsf``, ``s3fifo`` or ``lru``, whichever the miniatures say. ``n_blocks``: of the pool.
 
     ``WINDOW``: sampled uses between two decisions. ``MARGIN``: by which factor another has to have saved more,
     ``TIMES`` windows in a row. ``FADE``: what is left of the sums after a window.
@@ -89,13 +89,16 @@ class Tuned:
 
     def __init__(self, n_blocks: int) -> None:
         self.times = ReuseTimes()
-        make: dict[str, Callable[[], Evict]] = {"worth": lambda: Worth(self.times), "gdsf": Gdsf, "lru": Lru}
+        make: dict[str, Callable[[int], Evict]] = {
+            "worth": lambda n: Worth(self.times), "gdsf": lambda n: Gdsf(), "s3fifo": S3Fifo, "lru": lambda n: Lru()
+        }  # fmt: skip
         self.sample = max(1, min(SAMPLE, n_blocks // SMALLEST))
-        self._make = make
-        self._mini = {name: _Miniature(each(), max(2, n_blocks // self.sample)) for name, each in make.items()}
-        self.present = "lru"
+        self._make, self._n_blocks = make, n_blocks
+        n_small = max(2, n_blocks // self.sample)
+        self._mini = {name: _Miniature(each(n_small), n_small) for name, each in make.items()}
+        self.present = "worth"
         self.n_changes = 0
-        self._policy = make[self.present]()
+        self._policy = make[self.present](n_blocks)
         self._idle: dict[int, Cached] = {}
         self._n_sampled = 0
         self._better, self._n_better = "", 0
@@ -142,7 +145,7 @@ class Tuned:
         """O(n log n): the new policy meets all idle blocks, those first that were let go first."""
         self.present, self._n_better = name, 0
         self.n_changes += 1
-        self._policy = self._make[name]()
+        self._policy = self._make[name](self._n_blocks)
         for entry in sorted(self._idle.values(), key=lambda entry: entry.last_s):  # stable: as they were let go
             self._policy.idle(entry, now_s)
 
