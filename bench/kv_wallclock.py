@@ -13,7 +13,7 @@ calibration (`tenon device local --calibrate`, to be run just before); all other
     ttft_*, tpot_mean    seconds, from when a request was due; over requests
     ttft_warm            mean over the requests that warm up
     computed             percent of the prompts' tokens
-    computed_flops       percent of the prompts' FLOPs
+    computed_flops       percent of the prompts' FLOPs, those of the warm-up too
     pieces               that a prompt is computed in: holes and one
     busy                 percent of the clock's time in which there was work
     answers              a checksum of all answers
@@ -144,7 +144,7 @@ class Load:
         """Of each content; an answer's are the engine's own."""
         self._token_s: dict[str, list[float]] = {}
         self._intended_s: dict[str, float] = {}
-        self._warm = self._engine.stats(0.0)
+        self._before = engine.stats(clock.now_s())
         self.outcomes: dict[str, Any] = {}
         self.holes: dict[str, int] = {}
         self.idle_s = self.end_s = 0.0
@@ -154,16 +154,14 @@ class Load:
             else:
                 heapq.heappush(self._due, (request.arrival_s, next(self._order), request))
 
-    def run(self, first_counted: str) -> None:
-        """Serve all. Requests from ``first_counted`` on are what ``computed_flops`` counts."""
+    def run(self) -> None:
+        """Serve all."""
         engine, clock = self._engine, self._clock
         while self._due or engine.has_work:
             if not engine.has_work:
                 self.idle_s += clock.jump_to(self._due[0][0])
             while self._due and self._due[0][0] <= clock.now_s():
                 due_s, _, request = heapq.heappop(self._due)
-                if request.id == first_counted:
-                    self._warm = engine.stats(due_s)
                 self._send(request, due_s)
             deltas = engine.tick(clock.now_s())
             self._hear(deltas, clock.now_s())
@@ -204,11 +202,8 @@ class Load:
                 heapq.heappush(self._due, (now_s + follower.gap_s, next(self._order), follower))
 
     def computed_flops(self) -> float:
-        """Percent of the counted prompts' FLOPs."""
-        end = self._engine.stats(self.end_s)
-        asked = end.prompt_flops - self._warm.prompt_flops
-        saved = end.saved_flops - self._warm.saved_flops
-        return float(100 * (1 - saved / asked))
+        """Percent of the prompts' FLOPs."""
+        return computed_flops(self._engine.stats(self.end_s), self._before)
 
     def answers(self) -> int:
         """A checksum of all answers, in the order of the trace."""
@@ -250,7 +245,7 @@ class Policy:
         self._engine = build_engine(config, lambda *_: None, self._clock)
         self._cost = device_cost(self._spec, find("local"), self._spec.dtype)
         # Memory, code and caches that a first run would find cold.
-        Load(self._engine, self._clock, trace(0, 4, 100.0).requests).run("")
+        Load(self._engine, self._clock, trace(0, 4, 100.0).requests).run()
 
     def sample(self) -> dict[str, float]:
         made = trace(self._seed, self._cell["requests"], self._cell["rate"])
@@ -260,7 +255,7 @@ class Policy:
         self._engine.reset()
         self._clock.restart()
         load = Load(self._engine, self._clock, made.requests)
-        load.run(names[n_warm])
+        load.run()
         measured = [load.outcomes[name] for name in names]
         metrics = figures(measured[n_warm:]) | {
             "ttft_warm": figures(measured[:n_warm])["ttft_mean"],
@@ -269,17 +264,18 @@ class Policy:
             "busy": 100 * (1 - load.idle_s / load.end_s),
             "answers": load.answers(),
         }
-        told = figures(self._simulated(made)[n_warm:])
-        return metrics | {f"simulated_{name}": value for name, value in told.items()}
+        return metrics | {f"simulated_{name}": value for name, value in self._simulated(made, n_warm).items()}
 
-    def _simulated(self, made: Any) -> Sequence[Any]:
-        """Outcomes in virtual time, in the order of the trace."""
+    def _simulated(self, made: Any, n_warm: int) -> dict[str, float]:
+        """The figures in virtual time."""
         from tenon.engine.simulate import Marks, Simulation
 
         marks = Marks("documents", "local", "calibrated")
         simulation = Simulation(self._engine_config, self._spec, self._cost, marks, memory_bytes=0)
-        outcomes: Sequence[Any] = simulation.run(made).outcomes
-        return outcomes
+        before = simulation.engine.stats(0.0)
+        served = simulation.run(made)
+        end = simulation.engine.stats(served.end_s)
+        return figures(served.outcomes[n_warm:]) | {"computed_flops": computed_flops(end, before)}
 
     def close(self) -> None:
         self._engine.close()
@@ -298,6 +294,12 @@ def figures(outcomes: Sequence[Any]) -> dict[str, float]:
         "tpot_mean": float(np.mean(tpot_s)),
         "computed": 100 * (1 - cached / sum(outcome.n_prompt for outcome in outcomes)),
     }
+
+
+def computed_flops(end: Any, before: Any) -> float:
+    """Percent of the FLOPs of prompts that came in between two ``Stats``."""
+    saved, asked = end.saved_flops - before.saved_flops, end.prompt_flops - before.prompt_flops
+    return 100 * (1 - float(saved / asked))
 
 
 OURS, PUBLISHED = "ours", ("asymcache", "asymcache-fixed")
