@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tenon.engine.sequence import Seq
-from tenon.engine.step import I32, SAMPLE, GroupStep, Params, Step
+from tenon.engine.step import I32, I64, SAMPLE, GroupStep, Params, Step
 
 
 @dataclass(eq=False, slots=True)
@@ -25,38 +25,112 @@ class Span:
 
 
 NO_MOVES = np.zeros((0, 2), np.int32)
+NO_TRANSFERS = np.zeros((0, 3), np.int64)
+NO_BITMASK = np.zeros((0, 0), np.uint32)
+NO_TOKENS, NO_KINDS, NO_VALUES = np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.float32)
 
 
 class _Tables:
-    """Of each group and sequence the blocks that a step reads, as views: few are longer than in the step before."""
+    """Of each group and sequence the blocks that a step reads, one after the other."""
 
     def __init__(self, seqs: list[Seq]) -> None:
         self._seqs = seqs
-        self._n_table = np.full(len(seqs), -1, np.int32)
-        self.parts: list[list[I32]] = [list(seq_tables) for seq_tables in zip(*(s.tables for s in seqs), strict=True)]
+        self._shifts: dict[tuple[int, ...], I32] = {}
 
-    def cut(self, n_table: I32, *, same: bool = False) -> None:
-        """Each sequence's tables to its first ``n_table`` blocks. ``same``: none of those that were cut before has been
-        replaced since."""
-        longer = np.flatnonzero(n_table != self._n_table).tolist()
-        if same and not longer:
-            return
-        lengths = n_table.tolist()
-        for i in longer:
-            for part, table in zip(self.parts, self._seqs[i].tables, strict=True):
-                part[i] = table[: lengths[i]]
-        self._n_table = n_table
+    def cut(self, n_table: I32) -> None:
+        """Each sequence's tables to its first ``n_table`` blocks."""
         self.start = _starts(n_table)
-        self.flat: list[I32] = [np.concatenate(part) for part in self.parts]
+        self._lengths: list[int] = n_table.tolist()
+        self.flat: list[I32] = [
+            np.concatenate([table[:n] for table, n in zip(tables, self._lengths, strict=True)])
+            for tables in zip(*(seq.tables for seq in self._seqs), strict=True)
+        ]
+
+    def grow(self, rows: list[int]) -> list[list[int]]:
+        """A block more of these sequences, in order: none of those that were cut before has been replaced since.
+        Returns each group's new blocks."""
+        ends = [self.start.item(i + 1) for i in rows]
+        self.start = self.start + self._shift(rows)
+        lengths = self._lengths
+        grown: list[list[int]] = []
+        for group, flat in enumerate(self.flat):
+            pieces: list[I32] = []
+            blocks: list[int] = []
+            at = 0
+            for i, end in zip(rows, ends, strict=True):
+                table, n = self._seqs[i].tables[group], lengths[i]
+                pieces += (flat[at:end], table[n : n + 1])
+                blocks.append(table.item(n))
+                at = end
+            self.flat[group] = np.concatenate((*pieces, flat[at:]))
+            grown.append(blocks)
+        for i in rows:
+            lengths[i] += 1
+        return grown
+
+    def _shift(self, rows: list[int]) -> I32:
+        """(S+1,) how much further each sequence's blocks begin. It comes again whenever these rows have filled a
+        block."""
+        shift = self._shifts.get(tuple(rows))
+        if shift is None:
+            shift = self._shifts[tuple(rows)] = np.zeros_like(self.start)
+            for i in rows:
+                shift[i + 1 :] += 1
+        return shift
+
+
+class _Known:
+    """What a step says of a sequence and what never changes of it, a row each: steps pick theirs."""
+
+    N_ROWS = 512
+
+    def __init__(self) -> None:
+        self._row_of: dict[int, int] = {}
+        self._make(self.N_ROWS)
+
+    def _make(self, n_rows: int) -> None:
+        self._row_of.clear()
+        self._n_rows = n_rows
+        self.seq = np.zeros(n_rows, np.int64)
+        self.n_prompt = np.zeros(n_rows, np.int32)
+        self.params = Params(
+            temperature=np.zeros(n_rows, np.float32),
+            top_k=np.zeros(n_rows, np.int32),
+            top_p=np.zeros(n_rows, np.float32),
+            min_p=np.zeros(n_rows, np.float32),
+            seed=np.zeros(n_rows, np.uint64),
+            sample=np.zeros(n_rows, np.int32),
+            n_logprobs=np.zeros(n_rows, np.int32),
+        )
+
+    def rows(self, seqs: list[Seq]) -> I64:
+        """Theirs; valid until the next call."""
+        row_of = self._row_of
+        new = {seq.id: seq for seq in seqs if seq.id not in row_of}  # a sequence with holes stands there several times
+        if len(row_of) + len(new) > self._n_rows:  # most of those that are known have left
+            self._make(max(self._n_rows, 2 * len(seqs)))
+            new = {seq.id: seq for seq in seqs}
+        for seq in new.values():
+            self._add(seq)
+        return np.array([row_of[seq.id] for seq in seqs], np.int64)
+
+    def _add(self, seq: Seq) -> None:
+        row = self._row_of[seq.id] = len(self._row_of)
+        add, params = seq.request.add, self.params
+        self.seq[row], self.n_prompt[row] = seq.id, seq.n_prompt
+        params.temperature[row], params.top_k[row] = add.temperature, max(add.top_k, 0)
+        params.top_p[row], params.min_p[row] = add.top_p, add.min_p
+        params.seed[row], params.sample[row] = add.seed % 2**64, seq.index
+        params.n_logprobs[row] = add.n_logprobs
 
 
 class _Frame:
     """What of a step follows from whose rows there are, how many, and who samples; mostly the next has the same."""
 
-    def __init__(self, seqs: list[Seq], counts: list[int], targets: list[list[Seq]]) -> None:
+    def __init__(self, seqs: list[Seq], counts: list[int], targets: list[list[Seq]], known: _Known) -> None:
         self.seqs, self.counts, self.targets = seqs, counts, targets
         self.tables = _Tables(seqs)
-        self.seq = np.array([seq.id for seq in seqs], np.int64)
+        self.seq = known.seq[known.rows(seqs)]
         self.count = np.array(counts, np.int32)
         self.q_start = _starts(self.count)
         T, S = int(self.q_start[-1]), len(seqs)
@@ -65,25 +139,24 @@ class _Frame:
         self.parent = np.full(T, -1, np.int32)
         self.bucket_T, self.bucket_S = _bucket(T), _bucket(S)
 
-        sampling = [seq for each in targets for seq in each]
-        R = len(sampling)
+        rows = known.rows([seq for each in targets for seq in each])
+        R = len(rows)
         self.out_span = np.repeat(np.arange(S), [len(each) for each in targets])
         self.out_row = (self.q_start[1:] - 1)[self.out_span]
-        self.out_seq = np.array([seq.id for seq in sampling], np.int64)
-        self.n_prompt = np.array([seq.n_prompt for seq in sampling], np.int32)
+        self.out_seq, self.n_prompt = known.seq[rows], known.n_prompt[rows]
         self.want = np.full(R, SAMPLE, np.uint8)
         self.params_index = np.arange(R, dtype=np.int32)
         self.bitmask_index = np.full(R, -1, np.int32)
         self.no_starts = np.zeros(R + 1, np.int32)
-        adds = [seq.request.add for seq in sampling]
+        all_of = known.params
         self.params = Params(
-            temperature=np.array([a.temperature for a in adds], np.float32),
-            top_k=np.array([max(a.top_k, 0) for a in adds], np.int32),
-            top_p=np.array([a.top_p for a in adds], np.float32),
-            min_p=np.array([a.min_p for a in adds], np.float32),
-            seed=np.array([a.seed % 2**64 for a in adds], np.uint64),
-            sample=np.array([seq.index for seq in sampling], np.int32),
-            n_logprobs=np.array([a.n_logprobs for a in adds], np.int32),
+            temperature=all_of.temperature[rows],
+            top_k=all_of.top_k[rows],
+            top_p=all_of.top_p[rows],
+            min_p=all_of.min_p[rows],
+            seed=all_of.seed[rows],
+            sample=all_of.sample[rows],
+            n_logprobs=all_of.n_logprobs[rows],
         )
 
     def fits(self, seqs: list[Seq], counts: list[int], targets: list[list[Seq]]) -> bool:
@@ -95,14 +168,18 @@ class Assembler:
 
     def __init__(self, model: str, n_groups: int) -> None:
         self._model, self._n_groups = model, n_groups
-        self._frame = _Frame([], [], [])
+        self._known = _Known()
+        self._frame = _Frame([], [], [], self._known)
+        self._slots: list[I32] = []
+        self._out_position = NO_TOKENS
+        """Those of the last step."""
 
     def step(self, step_id: int, weights_version: int, spans: list[Span], moves: list[tuple[int, int, int]]) -> Step:
         """The step that computes ``spans``. ``moves`` are (group, source slot, target slot)."""
         seqs = [span.seq for span in spans]
         who = seqs, [span.n for span in spans], [span.targets for span in spans]
         if not self._frame.fits(*who):
-            self._frame = _Frame(*who)
+            self._frame = _Frame(*who, self._known)
         frame = self._frame
         size = seqs[0].block_tokens
         start = np.array([span.start for span in spans], np.int32)
@@ -119,24 +196,36 @@ class Assembler:
             np.array([(a, b) for g, a, b in moves if g == group], np.int32).reshape(-1, 2)
             for group in range(self._n_groups)
         ]
-        return self._fill(step_id, weights_version, tok, pos, end, step_moves)
-
-    def further(self, step_id: int, weights_version: int, tok_S: I32, pos_S: I32) -> Step:
-        """The step that follows the one that was made last: its spans, each one row long, a position further."""
-        tables, end = self._frame.tables, pos_S + 1
-        tables.cut(-(-end // self._frame.seqs[0].block_tokens), same=True)
-        return self._fill(step_id, weights_version, tok_S, pos_S, end, [NO_MOVES] * self._n_groups)
-
-    def _fill(self, step_id: int, weights_version: int, tok: I32, pos: I32, end: I32, moves: list[I32]) -> Step:
-        """The step of the frame's rows. ``end`` (S,): where each span ends."""
-        frame = self._frame
-        size = frame.seqs[0].block_tokens
-        table_start = frame.tables.start
         block, offset = np.divmod(pos, size)
-        block += table_start[frame.row_span]
+        block += frame.tables.start[frame.row_span]
+        slots = [table[block] * size + offset for table in frame.tables.flat]
+        # Whoever samples has all its tokens in this step, so its outputs end where its rows do.
+        out_position = end[frame.out_span] - frame.n_prompt
+        return self._fill(step_id, weights_version, tok, pos, slots, step_moves, out_position)
+
+    def further(self, step_id: int, weights_version: int, tok_S: I32, pos_S: I32, crossed: list[int]) -> Step:
+        """The step that follows the one that was made last: its spans, each one row long, a position further. The rows
+        of ``crossed``, in order, are the first of their blocks."""
+        tables, size = self._frame.tables, self._frame.seqs[0].block_tokens
+        slots = [slot + 1 for slot in self._slots]
+        if crossed:
+            for slot, blocks in zip(slots, tables.grow(crossed), strict=True):
+                for i, block in zip(crossed, blocks, strict=True):
+                    slot[i] = block * size
+        moves = [NO_MOVES] * self._n_groups
+        return self._fill(step_id, weights_version, tok_S, pos_S, slots, moves, self._out_position + 1)
+
+    def _fill(
+        self, step_id: int, weights_version: int, tok: I32, pos: I32, slots: list[I32], moves: list[I32],
+        out_position: I32,
+    ) -> Step:  # fmt: skip
+        """The step of the frame's rows."""
+        frame = self._frame
+        self._slots, self._out_position = slots, out_position
+        start = frame.tables.start
         groups = tuple(
-            GroupStep(table[block] * size + offset, table_start, table, group_moves)
-            for table, group_moves in zip(frame.tables.flat, moves, strict=True)
+            GroupStep(slot, start, table, group_moves, NO_TRANSFERS)
+            for slot, table, group_moves in zip(slots, frame.tables.flat, moves, strict=True)
         )
         return Step(
             id=step_id,
@@ -153,19 +242,18 @@ class Assembler:
             groups=groups,
             out_row=frame.out_row,
             out_seq=frame.out_seq,
-            # Whoever samples has all its tokens in this step, so its outputs end where its rows do.
-            out_position=end[frame.out_span] - frame.n_prompt,
+            out_position=out_position,
             want=frame.want,
             params_index=frame.params_index,
             bitmask_index=frame.bitmask_index,
             params=frame.params,
-            bitmask=np.zeros((0, 0), np.uint32),
+            bitmask=NO_BITMASK,
             edit_start=frame.no_starts,
-            edit_token=np.zeros(0, np.int32),
-            edit_kind=np.zeros(0, np.uint8),
-            edit_value=np.zeros(0, np.float32),
+            edit_token=NO_TOKENS,
+            edit_kind=NO_KINDS,
+            edit_value=NO_VALUES,
             score_start=frame.no_starts,
-            score_token=np.zeros(0, np.int32),
+            score_token=NO_TOKENS,
         )
 
 

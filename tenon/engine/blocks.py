@@ -224,23 +224,31 @@ class BlockPool:
     def _link(self, entry: Cached, parent: bytes) -> None:
         """Between the block before it and those after it, whichever were stored first: a hole may be filled."""
         self._parent[entry.block] = parent
-        self._after.setdefault(parent, {})[entry.key] = entry
+        siblings = self._after.get(parent)
+        if siblings is None:
+            self._after[parent] = {entry.key: entry}
+        else:
+            siblings[entry.key] = entry
         before = self._entry_of.get(parent)
         if before is not None:
             entry.parent, before.child = before, entry
-        for child in self._after.get(entry.key, {}).values():
-            child.parent, entry.child = entry, child
+        children = self._after.get(entry.key)
+        if children is not None:
+            for child in children.values():
+                child.parent, entry.child = entry, child
 
     def _unlink(self, entry: Cached) -> None:
         parent = self._parent[entry.block]
         siblings = self._after[parent]
         del siblings[entry.key]
         if entry.parent is not None:
-            entry.parent.child = next(reversed(siblings.values()), None)
+            entry.parent.child = next(reversed(siblings.values())) if siblings else None
         if not siblings:
             del self._after[parent]
-        for child in self._after.get(entry.key, {}).values():
-            child.parent = None
+        children = self._after.get(entry.key)
+        if children is not None:
+            for child in children.values():
+                child.parent = None
         entry.parent = entry.child = None
 
     def take_events(self, limit: int = MAX_EVENTS) -> tuple[list[Logged], int]:

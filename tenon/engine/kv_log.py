@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Final, NamedTuple
 
 MAX_EVENTS: Final = 65_536
@@ -30,6 +31,10 @@ class Logged(NamedTuple):
     reason: str = ""
 
 
+_logged = partial(tuple.__new__, Logged)
+"""From a tuple of all fields: a third of the time that ``Logged`` takes, and there are two of them for each block."""
+
+
 class KVLog:
     """Of one pool."""
 
@@ -45,7 +50,7 @@ class KVLog:
 
     def add(self, kind: str, key: bytes = b"", position: int = 0, parent: bytes = b"", reason: str = "") -> None:
         """One event, see ``Logged``."""
-        self._events.append(Logged(kind, key, position, parent, reason))
+        self._events.append(_logged((kind, key, position, parent, reason)))
         self._n_logged += 1
 
     @property

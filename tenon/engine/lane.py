@@ -9,23 +9,14 @@ Shapes: S sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 
 from tenon.engine.assemble import Span
 from tenon.engine.blocks import BlockPool
-from tenon.engine.sequence import Seq
+from tenon.engine.messages import Delta
 from tenon.engine.step import I32
-
-Member = tuple[Seq, I32, frozenset[int], int, str, int, int]
-"""A sequence, its tokens, what stops it, the number of tokens from which on somebody has to look closer, its request's
-id, its index there, and how many tokens were found in the cache."""
-
-
-def _member(seq: Seq) -> Member:
-    add = seq.request.add
-    last = 0 if add.n_logprobs >= 0 else seq.n_prompt + add.max_tokens
-    return seq, seq.tokens, seq.request.stop_ids, last, add.request_id, seq.index, seq.request.cached_tokens
 
 
 class Lane:
@@ -36,15 +27,29 @@ class Lane:
 
     def __init__(self, spans: list[Span]) -> None:
         self.spans = spans
-        self.seqs = [span.seq for span in spans]
-        size = self.seqs[0].block_tokens
-        self.start_S: I32 = np.array([span.start for span in spans], np.int32)
+        self.seqs = seqs = [span.seq for span in spans]
+        self._size = size = seqs[0].block_tokens
+        starts = [span.start for span in spans]
+        self.start_S: I32 = np.array(starts, np.int32)
         self.tok_S: I32 = np.zeros(0, np.int32)
         """What was sampled last: the next step's tokens. Whoever takes over a step's result puts it here."""
-        self._room_S = np.array([seq.n_blocks * size for seq in self.seqs], np.int32)
-        self._size = size
-        self.members = [_member(seq) for seq in self.seqs]
-        """Of each sequence what taking over a token needs to know, and does not change."""
+        self._n_further = 0
+        self._phases: list[list[int]] = [[] for _ in range(size)]
+        """Rows by their first position modulo the size of a block."""
+        for row, start in enumerate(starts):
+            self._phases[start % size].append(row)
+        requests = [seq.request for seq in seqs]
+        adds = [request.add for request in requests]
+        self._names = [add.request_id for add in adds], [seq.index for seq in seqs]
+        self._cached_tokens = [request.cached_tokens for request in requests]
+        self._last = [
+            0 if add.n_logprobs >= 0 else seq.n_prompt + add.max_tokens for seq, add in zip(seqs, adds, strict=True)
+        ]
+        """The number of tokens from which on somebody has to look closer."""
+        self._n_plain = min(last - start for last, start in zip(self._last, starts, strict=True)) - 2
+        """Steps before any sequence comes to its last token."""
+        self._stops = [request.stop_ids for request in requests]
+        self._any_stops = frozenset().union(*self._stops)
 
     @staticmethod
     def open(spans: list[Span], n_running: int) -> Lane | None:
@@ -60,22 +65,44 @@ class Lane:
     def reserve(self, pools: Sequence[BlockPool]) -> bool:
         """Go one position further and take the blocks for it; False, and nothing has changed, if there are too few."""
         start_S = self.start_S + 1
-        full = np.flatnonzero(start_S == self._room_S).tolist()
-        if full:
-            if min(pool.n_available for pool in pools) < len(full):
+        crossed, size = self._phases[-(self._n_further + 1) % self._size], self._size
+        # All but always each of them needs a block; a pinned sequence has them in advance.
+        short = [seq for i in crossed if (seq := self.seqs[i]).n_blocks * size == start_S.item(i)]
+        if short:
+            if min(pool.n_available for pool in pools) < len(short):
                 return False
-            for i in full:
-                seq = self.seqs[i]
+            for seq in short:
                 for pool, table in zip(pools, seq.tables, strict=True):
                     table[seq.n_blocks] = pool.take()
                 seq.n_blocks += 1
-            self._room_S[full] += self._size
         self.start_S = start_S
+        self._n_further += 1
         return True
 
-    def full(self) -> set[int]:
-        """Whose latest row was the last of its block."""
-        return set(np.flatnonzero((self.start_S + 1) % self._size == 0).tolist())
+    @property
+    def rows(self) -> tuple[I32, I32, list[int]]:
+        """(S,) tokens and (S,) positions of the step that was reserved; which rows, in order, are the first of their
+        blocks."""
+        return self.tok_S, self.start_S, self._phases[-self._n_further % self._size]
+
+    @property
+    def full(self) -> list[int]:
+        """Rows that are the last of their blocks, in order."""
+        return self._phases[-(self._n_further + 1) % self._size]
+
+    def deltas(self, ids: list[int]) -> list[Delta]:
+        """What each sequence gained by a token that ends nothing, without log-probabilities."""
+        nothing = repeat(None), repeat(None), repeat(()), repeat(())
+        return list(map(Delta, *self._names, zip(ids, strict=True), *nothing, self._cached_tokens))
+
+    def to_look_at(self, ids: list[int]) -> list[int]:
+        """Rows whose sequences may end with the token sampled from them, or whose log-probabilities are wanted."""
+        rows: list[int] = []
+        if self._n_further >= self._n_plain:
+            rows = [i for i, seq in enumerate(self.seqs) if seq.n_tokens + 1 >= self._last[i]]
+        if not self._any_stops.isdisjoint(ids):
+            rows += [i for i, (token, stops) in enumerate(zip(ids, self._stops, strict=True)) if token in stops]
+        return rows
 
     def settle(self) -> None:
         """Tell the spans where they have come to. The lane is over."""

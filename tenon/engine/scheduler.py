@@ -166,7 +166,7 @@ class Scheduler:
                 self._admit(self.chunks.budget(lane.seqs, (), self.waiting) - len(lane.spans))
             self.counters.steps += 1
             if self._lane is lane:
-                return self._assembler.further(self.counters.steps, self.weights_version, lane.tok_S, lane.start_S)
+                return self._assembler.further(self.counters.steps, self.weights_version, *lane.rows)
             return self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
         self.leave_lane()
         self.pending.begin_step()
@@ -366,30 +366,32 @@ class Scheduler:
 
     def _commit_lane(self, lane: Lane, ids: list[int], result: StepResult) -> list[Delta]:
         """``commit`` where every running sequence had one row and nobody left since."""
-        deltas: list[Delta] = []
         lane.tok_S = result.ids.astype(np.int32)
-        full = lane.full()
-        for row, (member, token) in enumerate(zip(lane.members, ids, strict=True)):
-            seq, tokens, stop_ids, last, request_id, index, cached_tokens = member
+        to_look_at = set(lane.to_look_at(ids))
+        for seq, token in zip(lane.seqs, ids, strict=True):
             n_tokens = seq.n_computed = seq.n_tokens
-            if row in full:
-                self._publish(seq)
-            if token in stop_ids or n_tokens + 1 >= last:
-                deltas.append(self._append(seq, token, row, result))
-                continue
-            tokens[n_tokens] = token
+            seq.tokens[n_tokens] = token
             seq.n_tokens = n_tokens + 1
-            deltas.append(Delta(request_id, index, (token,), None, None, (), (), cached_tokens))
+        deltas = lane.deltas(ids)
+        full = lane.full
+        for row in sorted(to_look_at.union(full)) if to_look_at else full:
+            if row in full:
+                self._publish(lane.seqs[row])
+            if row in to_look_at:
+                deltas[row] = self._tell(lane.seqs[row], ids[row], row, result)
         self.counters.output_tokens += len(ids)
         self._spans = []
         return deltas
 
     def _append(self, seq: Seq, token: int, r: int, result: StepResult) -> Delta:
         """Output ``r`` of the step was ``token``, and it is this sequence's."""
+        seq.tokens[seq.n_tokens], seq.n_tokens = token, seq.n_tokens + 1
+        return self._tell(seq, token, r, result)
+
+    def _tell(self, seq: Seq, token: int, r: int, result: StepResult) -> Delta:
+        """What the newest token means for its sequence, which ends with some."""
         request = seq.request
         add = request.add
-        seq.tokens[seq.n_tokens] = token
-        seq.n_tokens += 1
         stops = token in request.stop_ids
         if not stops and seq.n_tokens - seq.n_prompt < add.max_tokens and add.n_logprobs < 0:
             return Delta(add.request_id, seq.index, (token,), cached_tokens=request.cached_tokens)
@@ -463,8 +465,8 @@ class Scheduler:
 
     def _release(self, seq: Seq) -> None:
         for pool, table in zip(self.pools, seq.tables, strict=True):
-            for i in range(seq.n_blocks - 1, -1, -1):
-                pool.release(int(table[i]), seq.n_tokens)
+            for block in table[: seq.n_blocks][::-1].tolist():
+                pool.release(block, seq.n_tokens)
         seq.n_blocks = 0
 
     def _leave(self, seq: Seq) -> None:

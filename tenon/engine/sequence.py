@@ -113,8 +113,9 @@ class Seq:
     def block_content(self, i: int) -> bytes:
         """What stands for position block ``i`` besides its key: the key before it, then its tokens. Defined once it is
         full."""
-        parent = self.digest(i - 1) if i else self.request.root
-        return parent + self.tokens[i * self.block_tokens : (i + 1) * self.block_tokens].tobytes()
+        size, digests = self.block_tokens, self.digests
+        parent = self.request.root if i == 0 else digests[i - 1] if i <= len(digests) else self.digest(i - 1)
+        return parent + self.tokens[i * size : (i + 1) * size].tobytes()
 
     def digest(self, i: int) -> bytes:
         """The chained key of position block ``i``; hashed once, however often it is asked for."""
@@ -124,10 +125,10 @@ class Seq:
 
     def key_and_content(self, i: int) -> tuple[bytes, bytes]:
         """``digest`` and ``block_content`` of one block, whose bytes are made once where its turn has come."""
-        content = self.block_content(i)
-        if len(self.digests) == i:
-            self.digests.append(chain_digest(self.request.secret, content))
-        return self.digest(i), content
+        content, digests = self.block_content(i), self.digests
+        if len(digests) == i:
+            digests.append(chain_digest(self.request.secret, content))
+        return digests[i], content
 
 
 @dataclass(eq=False)

@@ -81,8 +81,8 @@ def test_a_full_sample_follows_fewer_keys_for_as_long() -> None:
     for i in range(3 * ReuseTimes.MOST):
         times.see(i.to_bytes(4, "little"), 0, i * 1e-3, waited=True)
     assert times.sample > 1
-    assert len(times._last) <= ReuseTimes.MOST
-    assert min(last_s for last_s, _ in times._last.values()) < 1.0
+    assert times.n_followed <= ReuseTimes.MOST
+    assert times.oldest_s < 1.0
 
 
 def test_what_was_never_seen_falls_as_one_over_age() -> None:

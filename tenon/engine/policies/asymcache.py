@@ -69,15 +69,14 @@ class AsymCache:
         self.beta = self.alpha / self.RATIO
         self.tau0 = lifespan_s * (1.0 - 1.0 / self.RATIO)
         self.log_lambda = 0.0
-        idle = self._idle.values()
-        self._slow.refill((entry, self._slow_key(entry)) for entry in idle)
-        self._steep.refill((entry, self._steep_key(entry)) for entry in idle)
+        keys = [(entry, *self._keys(entry)) for entry in self._idle.values()]
+        self._slow.refill((entry, slow) for entry, slow, _ in keys)
+        self._steep.refill((entry, steep) for entry, _, steep in keys)
 
-    def _slow_key(self, entry: Cached) -> float:
-        return math.log(entry.cost) + entry.last_s / self.alpha
-
-    def _steep_key(self, entry: Cached) -> float:
-        return math.log(entry.cost) + (entry.last_s + self.tau0) / self.beta
+    def _keys(self, entry: Cached) -> tuple[float, float]:
+        """In the slow heap and in the steep one."""
+        log_cost = math.log(entry.cost)
+        return log_cost + entry.last_s / self.alpha, log_cost + (entry.last_s + self.tau0) / self.beta
 
     def _reuse(self, age_s: float) -> None:
         recent = self._recent
@@ -100,8 +99,9 @@ class AsymCache:
 
     def idle(self, entry: Cached, now_s: float) -> None:
         self._idle[entry.block] = entry
-        self._slow.push(entry, self._slow_key(entry))
-        self._steep.push(entry, self._steep_key(entry))
+        slow, steep = self._keys(entry)
+        self._slow.push(entry, slow)
+        self._steep.push(entry, steep)
 
     def busy(self, entry: Cached) -> None:
         del self._idle[entry.block]

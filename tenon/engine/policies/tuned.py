@@ -1,9 +1,10 @@
 """Ours, with a net: the policy that would have saved most lately, among some, LRU always among them.
 
 Each candidate runs a miniature of the cache (Waldspurger et al., ATC 2017): keys sampled by their hash, a pool as much
-smaller, no keys or values. What a candidate saves there it would have saved here. Another takes over when it has saved
-more than the present one by a margin, several times in a row, so that noise does not make the cache change its mind:
-the price of a change is that what the old policy kept for later goes to the new one's taste.
+smaller, no keys or values. What a candidate saves there it would have saved here. ``worth`` begins. Another takes over
+when it has saved more than the present one by a margin, several times in a row, so that noise does not make the cache
+change its mind: the price of a change is that what the old policy kept for later goes to the new one's taste. LRU takes
+over at once where it has saved more: that is the net.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tenon.engine.policies.worth import ReuseTimes, Worth, class_of
 
 SAMPLE: Final = 64
 """One key of so many is sampled where the pool is large enough."""
-SMALLEST: Final = 256
+SMALLEST: Final = 1024
 """Blocks of a miniature at least, or all there are: fewer would tell luck."""
 SALT: Final = 0x5EED
 """Other keys than those whose reuse times are followed."""
@@ -42,7 +43,9 @@ class _Miniature:
         """A request has this block: found here or computed, and held until it is let go."""
         policy, key, entry = self.policy, like.key, self._entries.get(like.key)
         if entry is None:
-            entry = Cached(self._block(now_s), key, like.position, like.cost, like.turn, like.n_uses, now_s, like.length)
+            entry = Cached(
+                self._block(now_s), key, like.position, like.cost, like.turn, like.n_uses, now_s, like.length
+            )
             self._entries[key] = entry
             policy.stored(entry, now_s)
         else:
@@ -84,7 +87,7 @@ class Tuned:
 
     WINDOW = 512
     MARGIN = 1.03
-    TIMES = 3
+    TIMES = 5
     FADE = 0.85
 
     def __init__(self, n_blocks: int) -> None:
@@ -133,6 +136,9 @@ class Tuned:
         for mini in self._mini.values():
             mini.saved *= self.FADE
         best = max(saved, key=lambda name: saved[name])
+        if saved["lru"] > saved[self.present]:
+            self._change("lru", now_s)
+            return
         if saved[best] <= self.MARGIN * saved[self.present]:
             self._n_better = 0
             return

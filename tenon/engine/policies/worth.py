@@ -43,10 +43,13 @@ USES: Final = 4
 N_CLASSES: Final = TURNS * USES
 
 
+_OF_USES: Final = tuple(TURNS * n - 1 for n in (0, 0, 1, 2, 2, 2, 3))
+
+
 def class_of(entry: Cached) -> int:
     """Turn 1, 2, 3, 4 and more; used once, twice, three to five times, more often."""
-    uses = entry.n_uses
-    return TURNS * (uses - 1 if uses < 3 else 2 if uses < 6 else 3) + min(entry.turn, TURNS) - 1
+    uses, turn = entry.n_uses, entry.turn
+    return _OF_USES[uses if uses < 6 else 6] + (turn if turn < TURNS else TURNS)
 
 
 def bucket_of(age_s: float) -> int:
@@ -60,14 +63,16 @@ def gittins(returns_CB: Floats) -> Floats:
     up after."""
     widths_B = np.diff(EDGES)
     widths_B[-1] = EDGES[-2] * (LAST_S - 1)
-    best_CB = np.empty_like(returns_CB)
-    for start in range(returns_CB.shape[1]):
-        p = returns_CB[:, start:]
-        alive = np.cumprod(1.0 - p, axis=1)
-        alive = np.concatenate([np.ones((len(p), 1)), alive[:, :-1]], axis=1)
-        waited = np.cumsum(alive * widths_B[start:] * (1.0 - p / 2), axis=1)
-        best_CB[:, start] = (np.cumsum(alive * p, axis=1) / waited).max(axis=1)
-    return best_CB
+    # Axis A: where one is now. What lies before it is as if it had no chance of a use and no width.
+    is_ahead_AB = np.triu(np.ones((N_BUCKETS, N_BUCKETS), bool))
+    p_CAB = np.where(is_ahead_AB, returns_CB[:, None, :], 0.0)
+    alive_CAB = np.ones_like(p_CAB)
+    np.cumprod(1.0 - p_CAB[..., :-1], axis=2, out=alive_CAB[..., 1:])
+    waited_CAB = np.cumsum(alive_CAB * np.where(is_ahead_AB, widths_B, 0.0) * (1.0 - p_CAB / 2), axis=2)
+    used_CAB = np.cumsum(alive_CAB * p_CAB, axis=2)
+    ratio_CAB = np.divide(used_CAB, waited_CAB, out=np.zeros_like(p_CAB), where=is_ahead_AB)
+    best_CA: Floats = ratio_CAB.max(axis=2)
+    return best_CA
 
 
 class ReuseTimes:
@@ -86,7 +91,12 @@ class ReuseTimes:
     """Probability of a use in each bucket before anything is known: a hazard that falls as 1 / age."""
 
     def __init__(self) -> None:
-        self._last: OrderedDict[bytes, tuple[float, int]] = OrderedDict()
+        self._place: OrderedDict[bytes, int] = OrderedDict()
+        """Of each key that is followed in the two arrays, the one seen longest ago first."""
+        self._last_s = np.zeros(self.MOST + 1)
+        self._kind = np.full(self.MOST + 1, -1)
+        """The class when it was last seen; negative for a place that is free."""
+        self._free = list(range(self.MOST + 1))
         self._used_CB = np.zeros((N_CLASSES, N_BUCKETS))
         self._gone_CB = np.zeros((N_CLASSES, N_BUCKETS))
         self.n_seen = 0
@@ -100,25 +110,45 @@ class ReuseTimes:
         self.n_seen += waited
         if crc32(key) % self.sample:
             return
-        before = self._last.pop(key, None)
-        if before is not None and waited:
-            last_s, was = before
-            self._used_CB[was, bucket_of(now_s - last_s)] += 1.0
-        self._last[key] = (now_s, kind)
-        if len(self._last) <= self.MOST:
+        place = self._place.pop(key, None)
+        if place is None:
+            place = self._free.pop()
+        elif waited:
+            self._used_CB[self._kind[place], bucket_of(now_s - self._last_s.item(place))] += 1.0
+        self._place[key] = place
+        self._last_s[place], self._kind[place] = now_s, kind
+        if len(self._place) <= self.MOST:
             return
-        if now_s - next(iter(self._last.values()))[0] > self.horizon_s:
-            last_s, was = self._last.popitem(last=False)[1]
-            self._gone_CB[was, bucket_of(now_s - last_s)] += 1.0
+        age_s = now_s - self.oldest_s
+        if age_s > self.horizon_s:
+            key, place = next(iter(self._place.items()))
+            self._gone_CB[self._kind[place], bucket_of(age_s)] += 1.0
+            self._forget(key)
         else:  # fewer keys for longer
             self.sample *= 2
-            self._last = OrderedDict((k, v) for k, v in self._last.items() if crc32(k) % self.sample == 0)
+            for other in [other for other in self._place if crc32(other) % self.sample]:
+                self._forget(other)
+
+    @property
+    def n_followed(self) -> int:
+        """Keys."""
+        return len(self._place)
+
+    @property
+    def oldest_s(self) -> float:
+        """When the key that was seen longest ago was seen. Raises ``StopIteration`` where there is none."""
+        return self._last_s.item(next(iter(self._place.values())))
+
+    def _forget(self, key: bytes) -> None:
+        place = self._place.pop(key)
+        self._kind[place] = -1
+        self._free.append(place)
 
     def fit(self, now_s: float) -> None:
         """Look at the counts anew."""
-        followed = np.array(list(self._last.values())).reshape(-1, 2)
-        buckets = np.searchsorted(EDGES, now_s - followed[:, 0], "right") - 1
-        cells = followed[:, 1].astype(np.int64) * N_BUCKETS + np.maximum(buckets, 0)
+        followed = np.flatnonzero(self._kind >= 0)
+        buckets = np.searchsorted(EDGES, now_s - self._last_s[followed], "right") - 1
+        cells = self._kind[followed] * N_BUCKETS + np.maximum(buckets, 0)
         waiting_CB = self._gone_CB + np.bincount(cells, minlength=N_CLASSES * N_BUCKETS).reshape(N_CLASSES, N_BUCKETS)
         used_UTB, waiting_UTB = (n.reshape(USES, TURNS, N_BUCKETS) for n in (self._used_CB, waiting_CB))
         overall_1B = _returns(used_UTB.sum((0, 1))[None], waiting_UTB.sum((0, 1))[None], None, self.PRIOR)
