@@ -22,7 +22,7 @@ from tenon.base.errors import ResourceError
 from tenon.base.files import state_folder
 
 CSRC = Path(__file__).parent / "csrc"
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-w")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-w")
 
 
 def find_compiler() -> str:

@@ -9,7 +9,7 @@
 
 #include "simd.h"
 
-static inline vf dot_f(vf sum, const float *x, vf w) { return sum + w * *x; }
+static inline vf dot_f(vf sum, const float *x, vf w) { return muladd(w, splat(*x), sum); }
 
 #ifdef __AVX512BF16__
 typedef int32_t pair __attribute__((may_alias, aligned(2)));

@@ -6,7 +6,7 @@ static inline float NAME(mean_square)(const float *x, int64_t n) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         const vf v = load_f(x + i);
-        sum += v * v;
+        sum = muladd(v, v, sum);
     }
     float rest = 0;
     for (; i < n; i++) rest += x[i] * x[i];

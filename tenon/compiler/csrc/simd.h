@@ -11,6 +11,9 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#ifdef __ARM_NEON
+#include <arm_neon.h>
+#endif
 
 #if defined(__AVX512F__)
 enum { LANES = 16 };
@@ -29,9 +32,24 @@ typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 typedef uint16_t bf16;
 
-static inline vf splat(float x) { return (vf){} + x; }
+static inline vf splat(float x) { return x - (vf){}; }
 static inline vf load_f(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
 static inline void store_f(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+// a * b + c, rounded once where the processor can. Written out, and contraction forbidden: left to itself, gcc fuses in
+// some loops and not in others (for Zen 2 and 3, not where sums wait for each other), and a row's bits would depend on
+// how many rows are computed beside it.
+static inline vf muladd(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
 
 static inline vi lane_numbers(void) {
     static const int32_t number[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -114,17 +132,17 @@ static inline vf max_v(vf a, vf b) { return select_v(a > b, a, b); }
 static inline vf exp_v(vf x) {
     const vi tiny = x < splat(-87.0f);
     x = select_v(tiny, splat(-87.0f), x);
-    vf shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+    vf shifted = muladd(x, splat(1.44269504f), splat(12582912.0f));  // adding 1.5 * 2^23 rounds to an integer
     vf n = shifted - 12582912.0f;
-    vf r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
+    vf r = muladd(n, splat(-0.693359375f), x);
+    r = muladd(n, splat(2.12194440e-4f), r);
     vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    p = muladd(p, r, splat(1.3981999507e-3f));
+    p = muladd(p, r, splat(8.3334519073e-3f));
+    p = muladd(p, r, splat(4.1665795894e-2f));
+    p = muladd(p, r, splat(1.6666665459e-1f));
+    p = muladd(p, r, splat(5.0000001201e-1f));
+    p = muladd(p, r * r, r) + 1.0f;
     vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
     vf y = p * (vf)exponent;
     return select_v(tiny, (vf){}, y);
