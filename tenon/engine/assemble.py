@@ -130,7 +130,8 @@ class _Frame:
     def __init__(self, seqs: list[Seq], counts: list[int], targets: list[list[Seq]], known: _Known) -> None:
         self.seqs, self.counts, self.targets = seqs, counts, targets
         self.tables = _Tables(seqs)
-        self.seq = known.seq[known.rows(seqs)]
+        rows = known.rows(seqs)  # first: it may make the arrays anew
+        self.seq = known.seq[rows]
         self.count = np.array(counts, np.int32)
         self.q_start = _starts(self.count)
         T, S = int(self.q_start[-1]), len(seqs)
