@@ -17,17 +17,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("list", help="name the benches and what is committed of them")
     run_parser = actions.add_parser("run", help="measure one bench and write its result")
-    run_parser.add_argument("name", metavar="NAME")
+    run_parser.add_argument("name", metavar="NAME", type=_name)
     run_parser.add_argument("--quick", action="store_true", help="few cells; the result stays under runs/")
     run_parser.add_argument("--fresh", action="store_true", help="forget the cells of an unfinished run")
     run_parser.add_argument("--threads", type=int, default=0, help="threads of each contender (default: all cores)")
     run_parser.add_argument("--seed", type=int, default=0, help="seed of the order in which contenders are sampled")
     run_parser.add_argument("--plot", action="store_true", help="also write an SVG beside the result")
     verify_parser = actions.add_parser("verify", help="judge the committed result's checks again")
-    verify_parser.add_argument("name", metavar="NAME")
+    verify_parser.add_argument("name", metavar="NAME", type=_name)
     compare_parser = actions.add_parser("compare", help="medians of two results side by side")
     compare_parser.add_argument("before", type=Path, metavar="A.json")
     compare_parser.add_argument("after", type=Path, metavar="B.json")
+
+
+def _name(said: str) -> str:
+    """A bench is named as its script is; kv-policies is taken for kv_policies."""
+    return said.replace("-", "_")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -62,3 +62,10 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
         main([])
     assert ended.value.code == 2
     assert "JOB" in capsys.readouterr().err
+
+
+def test_hyphens_in_a_name_are_underscores(checkout: Path) -> None:
+    (checkout / "bench" / "startup.py").rename(checkout / "bench" / "start_up.py")
+    done = tenon(checkout, "bench", "verify", "start-up")
+    assert done.returncode == 2
+    assert done.stderr.startswith("tenon: cannot read bench/results/start_up.json")
