@@ -59,9 +59,10 @@ def trace(seed: int, n: int, rate: float) -> Any:
 
     Everybody's prompt begins with the same 256 tokens. A third of the documents are asked about once; the rest three to
     five times, after pauses as people make (lognormal, spread as in Mooncake's conversations: P75 / P50 of 2.2), but a
-    tenth as long: a median of 12 s. Lengths and rate were set under LRU alone, with other seeds, in the simulator, so
+    third as long: a median of 36 s. Lengths and rate were set under LRU alone, with other seeds, in the simulator, so
     that contexts that will be asked about again come to up to twice the cache, 1.1 times it on average, and that there
-    is work half of the time: more would make waiting of everything.
+    is work a sixth of the time: with work half of the time, everybody waited for everybody, and two runs of the same
+    engine differed by more than its policies do.
     """
     from tenon.workloads import arrivals
     from tenon.workloads.dialogue import Dialogue, merged
@@ -74,7 +75,7 @@ def trace(seed: int, n: int, rate: float) -> Any:
     lengths = LogNormal(streams.of("documents"), 1200, 0.9, 6912)
     turns, answers = streams.of("turns"), streams.of("answers")
     questions = LogNormal(streams.of("questions"), 40, 0.5, 160)
-    pauses = LogNormal(streams.of("pauses"), 12.0, 1.05, 120.0)
+    pauses = LogNormal(streams.of("pauses"), 36.0, 1.05, 360.0)
 
     def session(number: int, at_s: float) -> list[TraceRequest]:
         dialogue = Dialogue(f"s{number}", contents, shared)
@@ -316,8 +317,8 @@ FEW = (OURS, "lru-prefix", "asymcache")
 
 def cells(quick: bool) -> list[Cell]:
     if quick:
-        return [Cell(CELL, {"requests": 70, "rate": 1.5}, 1, 0, FEW, 35.0, 300)]
-    return [Cell(CELL, {"requests": 150, "rate": 1.5}, 2, 0, (), 70.0, 600)]
+        return [Cell(CELL, {"requests": 70, "rate": 0.5}, 1, 0, FEW, 35.0, 300)]
+    return [Cell(CELL, {"requests": 150, "rate": 0.5}, 3, 0, (), 70.0, 600)]
 
 
 def misplaced(measured: dict[str, float], simulated: dict[str, float]) -> Iterator[tuple[str, str]]:

@@ -141,7 +141,7 @@ def cells(quick: bool) -> list[Cell]:
     params = {"blocks": BLOCKS, "positions": POSITIONS, "held": 20}
     few = {"blocks": FEW_BLOCKS, "positions": FEW_POSITIONS, "held": 4}
     # A sample warms every hole up by itself.
-    return [Cell("holes", few, 2, 0, sample_s=3.0) if quick else Cell("holes", params, 3, 0, sample_s=40.0)]
+    return [Cell("holes", few, 2, 0, sample_s=3.0) if quick else Cell("holes", params, 9, 0, sample_s=10.0)]
 
 
 def r_squared(found: NDArray[np.float64], predicted: NDArray[np.float64]) -> float:

@@ -2,14 +2,15 @@
 
 Each candidate runs a miniature of the cache (Waldspurger et al., ATC 2017): keys sampled by their hash, a pool as much
 smaller, no keys or values. What a candidate saves there it would have saved here. ``worth`` begins. Another takes over
-when it has saved more than the present one by a margin, several times in a row, so that noise does not make the cache
-change its mind: the price of a change is that what the old policy kept for later goes to the new one's taste. LRU takes
-over at once where it has saved more: that is the net.
+when its lead over the last windows is large enough and too steady for luck: the price of a change is that what the old
+policy kept for later goes to the new one's taste. LRU takes over as soon as it leads at all: that is the net.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from statistics import fmean, stdev
 from typing import Final
 from zlib import crc32
 
@@ -33,7 +34,7 @@ class _Miniature:
     def __init__(self, policy: Evict, n_blocks: int) -> None:
         self.policy = policy
         self.saved = 0.0
-        """Fading sum of what hits would have cost."""
+        """What hits would have cost, since it was last set to 0."""
         self._entries: dict[bytes, Cached] = {}
         self._held: set[bytes] = set()
         self._free: list[int] = []
@@ -81,14 +82,15 @@ class _Miniature:
 class Tuned:
     """``worth``, ``gdsf``, ``s3fifo`` or ``lru``, whichever the miniatures say. ``n_blocks``: of the pool.
 
-    ``WINDOW``: sampled uses between two decisions. ``MARGIN``: by which factor another has to have saved more,
-    ``TIMES`` windows in a row. ``FADE``: what is left of the sums after a window.
+    A lead is the difference of two candidates' saved shares of the sampled uses' cost. ``WINDOW``: sampled uses between
+    two decisions, ``WINDOWS``: how many are remembered. ``LEAD``, ``SURE``: by how much another's mean lead has to
+    exceed how many of its standard errors. ``NET``, ``NET_WINDOWS``: LRU's mean lead, and over how many windows.
     """
 
     WINDOW = 512
-    MARGIN = 1.03
-    TIMES = 5
-    FADE = 0.85
+    WINDOWS = 16
+    LEAD, SURE, LEAST = 0.005, 1.5, 3
+    NET, NET_WINDOWS, NET_LEAST = 0.002, 8, 2
 
     def __init__(self, n_blocks: int) -> None:
         self.times = ReuseTimes()
@@ -104,7 +106,8 @@ class Tuned:
         self._policy = make[self.present](n_blocks)
         self._idle: dict[int, Cached] = {}
         self._n_sampled = 0
-        self._better, self._n_better = "", 0
+        self._asked = 0.0
+        self._shares = {name: deque[float](maxlen=self.WINDOWS) for name in make}
         self._fit_at = 256
 
     def stored(self, entry: Cached, now_s: float) -> None:
@@ -122,6 +125,7 @@ class Tuned:
             times.fit(now_s)
             self._fit_at = times.n_seen + min(Worth.FIT_EVERY, times.n_seen)
         if self._is_sampled(entry):
+            self._asked += entry.cost
             for mini in self._mini.values():
                 mini.use(entry, now_s)
             self._n_sampled += 1
@@ -132,24 +136,29 @@ class Tuned:
         return crc32(entry.key, SALT) % self.sample == 0
 
     def _decide(self, now_s: float) -> None:
-        saved = {name: mini.saved for name, mini in self._mini.items()}
-        for mini in self._mini.values():
-            mini.saved *= self.FADE
-        best = max(saved, key=lambda name: saved[name])
-        if saved["lru"] > saved[self.present]:
-            self._change("lru", now_s)
-            return
-        if saved[best] <= self.MARGIN * saved[self.present]:
-            self._n_better = 0
-            return
-        self._n_better = self._n_better + 1 if best == self._better else 1
-        self._better = best
-        if self._n_better >= self.TIMES:
+        for name, mini in self._mini.items():
+            self._shares[name].append(mini.saved / self._asked)
+            mini.saved = 0.0
+        self._asked = 0.0
+        leads = {name: self._lead(name) for name in self._mini if name != self.present}
+        best = max(leads, key=lambda name: leads[name])
+        if leads[best] > 0.0:
             self._change(best, now_s)
+
+    def _lead(self, name: str) -> float:
+        """The mean lead over the present policy; 0 where it is not enough for a change."""
+        leads = [a - b for a, b in zip(self._shares[name], self._shares[self.present], strict=True)]
+        if name == "lru":
+            leads = leads[-self.NET_WINDOWS :]
+            return mean if len(leads) >= self.NET_LEAST and (mean := fmean(leads)) > self.NET else 0.0
+        if len(leads) < self.LEAST:
+            return 0.0
+        mean = fmean(leads)
+        return mean if mean - self.SURE * stdev(leads) / len(leads) ** 0.5 > self.LEAD else 0.0
 
     def _change(self, name: str, now_s: float) -> None:
         """O(n log n): the new policy meets all idle blocks, those first that were let go first."""
-        self.present, self._n_better = name, 0
+        self.present = name
         self.n_changes += 1
         self._policy = self._make[name](self._n_blocks)
         for entry in sorted(self._idle.values(), key=lambda entry: entry.last_s):  # stable: as they were let go
