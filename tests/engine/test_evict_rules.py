@@ -119,6 +119,17 @@ def test_s3fifo_counts_uses_of_held_blocks() -> None:
     assert story.add("bcd").out(2) == "bc"
 
 
+def test_s3fifo_takes_over_from_another_policy() -> None:
+    """What was let go before is a newcomer: in the main queue, blocks that nobody wants again would never leave."""
+    before, story = Story(Lru()).add("abcdefgh"), Story(S3Fifo(10))
+    for name, entry in before.of.items():
+        story.of[name] = entry
+        story.policy.idle(entry, 0.0)
+    assert story.use("cc").out(3) == "abd"
+    story.n = before.n
+    assert story.add("x").out(3) == "efg"
+
+
 # -- ARC (FAST 2003, Figure 4) ---------------------------------------------------------------------------------
 
 

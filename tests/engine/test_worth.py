@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from tenon.engine.blocks import BlockPool
 from tenon.engine.cache_replay import Visit, replay, visits
 from tenon.engine.policies.evict import Cached
 from tenon.engine.policies.recency import Lru
@@ -186,3 +187,29 @@ def test_a_cycle_makes_it_leave_lru() -> None:
     assert replay(asked, 200, BLOCK, lambda: tuned, cost_of).saved_ratio > 0.5
     assert replay(asked, 200, BLOCK, Lru, cost_of).saved_ratio == 0.0
     assert tuned.present != "lru"
+
+
+def test_miniatures_hold_what_the_pool_holds() -> None:
+    """Else candidates are judged by blocks that nobody could give up."""
+    rng = np.random.default_rng(11)
+    tuned = Tuned(40)
+    pool = BlockPool(40, BLOCK, lambda: tuned, cost_of)
+    held: list[int] = []
+    for i in range(4000):
+        pool.now_s = float(i)
+        if held and (len(held) > 36 or rng.random() < 0.5):
+            pool.release(held.pop(int(rng.integers(len(held)))))
+        else:
+            key = int(rng.integers(80)).to_bytes(8, "little")
+            block = pool.lookup(key, b"")
+            if block is None:
+                block = pool.take()
+                pool.publish(block, key, b"")
+            else:
+                pool.take_over(block)
+            held.append(block)
+        keys = {entry.key for entry in pool.entries if pool.ref[entry.block]}
+        for mini in tuned._mini.values():
+            assert mini._held == keys
+            assert len(mini._entries) - len(mini.policy) == len(keys)
+            assert len(mini._entries) <= max(40, len(keys))
