@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from tenon.base.errors import ContextTooLong, RequestError, TenonError
+from tenon.base.errors import ContextTooLong, IntegrityError, RequestError, TenonError
 from tenon.engine.messages import Add
 from tenon.engine.params import SamplingParams
 from tenon.server.failures import Refusal, body_of
@@ -151,7 +151,7 @@ class Completions:
             )
         self._service.require_ready()
         if self.model_text is None:
-            raise Refusal("the tokenizer is still loading", status=503, code="model_loading", retry_after_s=1.0)
+            raise IntegrityError("the server is ready and has no tokenizer")
         return self.model_text
 
     def _params(self, request: CompletionRequest | ChatRequest, text: ModelText) -> SamplingParams:

@@ -188,6 +188,7 @@ class Server:
             self._service.attach(link.send)
             await link.start()
             self._completions.model_text = await asyncio.to_thread(load_model_text, folder)
+            self._service.text_loaded()
         except TenonError as error:
             self._on_death(str(error), "")
             return

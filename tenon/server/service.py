@@ -143,8 +143,9 @@ class Service:
         self.phase = m.Phase("start", 0.0)
         self.ready: m.Ready | None = None
         self.stats: m.Stats | None = None
+        self._has_text = False
         self.settled = asyncio.Event()
-        """Set once the engine is ready or dead."""
+        """Set once engine and tokenizer are ready, or the engine is dead."""
         self._send: Callable[[m.ToEngine], None] | None = None
         self._flights: dict[str, _Flight] = {}
         self._emptied = asyncio.Event()
@@ -170,8 +171,8 @@ class Service:
             case m.Ready():
                 self.ready = message
                 if self.state is State.LOADING:
-                    self._enter(State.READY, "")
-                self.settled.set()
+                    self.reason = "loading: tokenizer"
+                self._begin()
             case m.Accepted():
                 if flight := self._flights.get(message.request_id):
                     self._accept(flight, message)
@@ -196,6 +197,18 @@ class Service:
                 self._publish_kv(message)
             case m.Residency():
                 self.events.publish_extra("residency", **msgspec.structs.asdict(message))
+
+    def text_loaded(self) -> None:
+        """The tokenizer is there: with an engine that is ready, so is the server."""
+        self._has_text = True
+        self._begin()
+
+    def _begin(self) -> None:
+        if self.ready is None or not self._has_text:
+            return
+        if self.state is State.LOADING:
+            self._enter(State.READY, "")
+        self.settled.set()
 
     def on_phase(self, phase: m.Phase) -> None:
         """Start-up has come this far; the reason why the server is not ready names it."""
