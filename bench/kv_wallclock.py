@@ -8,7 +8,7 @@ the engine and its policies see jumps there, which changes no latency.
 
 A sample is a seed, the same for all contenders. The first half of a trace warms cache and policies up and counts for
 nothing. Metrics that begin with ``simulated_`` are those of the same trace in virtual time, priced by this machine's
-calibration (`tenon device local --calibrate`, to be run just before); all others are measured:
+calibration (`tenon device local --calibrate --numerics invariant`, to be run just before); all others are measured:
 
     ttft_*, tpot_mean    seconds, from when a request was due; over requests
     ttft_warm            mean over the requests that warm up
@@ -43,6 +43,7 @@ LIMITS = False
 CELL = "documents"
 FIRST_SEED = 500
 CONTEXT = 8192
+NUMERICS = "invariant"
 CAPACITY = 20_480
 """Tokens of keys and values."""
 WARM = 0.5
@@ -230,16 +231,19 @@ class Policy:
         from tenon.engine.config import EngineConfig
         from tenon.engine.simulate import device_cost
 
-        threads, calibrated = torch.get_num_threads(), calibration.load().measured.threads
-        if calibrated != threads:
-            raise ConfigError(f"calibrated for {calibrated} threads, asked to run with {threads}")
+        threads, calibrated = torch.get_num_threads(), calibration.load().measured
+        if (calibrated.threads, calibrated.numerics) != (threads, NUMERICS):
+            raise ConfigError(
+                f"calibrated for {calibrated.threads} threads and {calibrated.numerics} numerics, asked to run with "
+                f"{threads} and {NUMERICS}; run `tenon device local --calibrate --numerics {NUMERICS}`"
+            )
         self._cell, self._seed = cell, FIRST_SEED
         self._folder = tempfile.TemporaryDirectory()
         self._spec = write_model(Path(self._folder.name))
         (group,) = self._spec.kv_groups("", 16, 2)
         # One more block than the capacity: the null block.
         config = EngineConfig(
-            model=self._folder.name, weights_seed=1, numerics="invariant", threads=threads, max_model_len=CONTEXT,
+            model=self._folder.name, weights_seed=1, numerics=NUMERICS, threads=threads, max_model_len=CONTEXT,
             max_step_tokens=512, block_tokens=16, kv_bytes=(CAPACITY // 16 + 1) * group.block_bytes, **self._config,
         )  # fmt: skip
         self._engine_config, self._clock = config, WorkingClock()

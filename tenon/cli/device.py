@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate", action="store_true", help=f"measure this machine (about a minute) and keep it as '{LOCAL}'"
     )
     parser.add_argument("--threads", type=int, help="CPU threads to calibrate for (default: the machine's cores)")
+    parser.add_argument(
+        "--numerics", choices=("fast", "invariant"), help="numerics of the steps to calibrate with (default: fast)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help=f"draw {LOCAL}'s roofline and steps")
 
@@ -39,11 +42,12 @@ def run(args: argparse.Namespace) -> int:
     """0. Raises ``ConfigError`` for an unknown device, or options that do not go with it."""
     console = Console()
     local = (args.name or "").casefold() == LOCAL
-    for option in ("calibrate", "plot", "threads"):
+    for option in ("calibrate", "plot", "threads", "numerics"):
         if getattr(args, option) is not None and getattr(args, option) is not False and not local:
             raise ConfigError(f"--{option} is for 'tenon device {LOCAL}'", subject=option)
-    if args.threads is not None and not args.calibrate:
-        raise ConfigError("--threads goes with --calibrate", subject="threads")
+    for option in ("threads", "numerics"):
+        if getattr(args, option) is not None and not args.calibrate:
+            raise ConfigError(f"--{option} goes with --calibrate", subject=option)
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"--threads must be at least 1, got {args.threads}", subject="threads")
     if args.name is None:
@@ -65,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _local(args: argparse.Namespace, console: Console) -> int:
     if args.calibrate:
-        found = calibration.calibrate(probe({"threads": args.threads}, Console(stderr=True)))
+        options = {"threads": args.threads, "numerics": args.numerics or "fast"}
+        found = calibration.calibrate(probe(options, Console(stderr=True)))
         where = calibration.save(found)
         print(f"calibrated; kept in {where}", file=sys.stderr)
     else:

@@ -53,7 +53,7 @@ class HostPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that a probe found. ``limits`` are named with their unit; ``dtype`` is that of the steps."""
+    """All a probe found; ``dtype`` and ``numerics`` are those of the steps. ``limits`` are named with their unit."""
 
     title: str
     kind: DeviceKind
@@ -64,6 +64,7 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: dict[str, float]
     points: tuple[Point, ...]
     host: tuple[HostPoint, ...]
+    numerics: str = "fast"
 
 
 class FitError(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

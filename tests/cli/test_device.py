@@ -58,6 +58,8 @@ def test_an_unknown_device_is_one_sentence() -> None:
         (["H100", "--calibrate"], "--calibrate is for 'tenon device local'"),
         (["--plot", "x.svg"], "--plot is for 'tenon device local'"),
         (["local", "--threads", "2"], "--threads goes with --calibrate"),
+        (["local", "--numerics", "invariant"], "--numerics goes with --calibrate"),
+        (["L4", "--numerics", "fast"], "--numerics is for 'tenon device local'"),
         (["local", "--calibrate", "--threads", "0"], "--threads must be at least 1, got 0"),
     ],
 )
@@ -89,12 +91,15 @@ def test_a_small_calibration_is_kept_shown_and_drawn(
 
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("TENON_STATE", str(tmp_path))
-    measured = device.probe({"threads": 1, "device": "cpu", "scale": 0.02}, Console(quiet=True))
+    options = {"threads": 1, "device": "cpu", "numerics": "invariant", "scale": 0.02}
+    measured = device.probe(options, Console(quiet=True))
+    assert measured.numerics == "invariant"
     calibration.save(calibration.calibrate(measured))
     figure = tmp_path / "roof.svg"
     assert tenon_device("local", "--plot", str(figure)) == 0
     said = capsys.readouterr().out
     assert "steps timed" in said
+    assert "invariant numerics" in said
     assert "gemv_Bps" in said
     assert figure.read_bytes().startswith(b"<?xml")
     assert tenon_device("local", "--json") == 0

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -42,6 +42,7 @@ FILL_ROWS: Final = 256
 STEPS_LIMIT_S: Final = 32.0
 """Of calibration's minute, what steps may take."""
 OnPhase = Callable[[str], None]
+Numerics = Literal["fast", "invariant"]
 
 
 @dataclass(frozen=True)
@@ -190,9 +191,19 @@ CALIBRATION: Final[dict[str, tuple[StepPlan, ...]]] = {
 class Rig:
     """A model with random weights in the real executor, with a filled cache of at least ``positions`` positions."""
 
-    def __init__(self, spec: ModelSpec, positions: int, *, threads: int | None = None, device: str = "auto") -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        positions: int,
+        *,
+        threads: int | None = None,
+        device: str = "auto",
+        numerics: Numerics = "fast",
+    ) -> None:
         length = min(spec.max_position, positions + BLOCK_TOKENS)
-        config = EngineConfig(model="probe", weights_seed=1, max_model_len=length, threads=threads, device=device)
+        config = EngineConfig(
+            model="probe", weights_seed=1, max_model_len=length, threads=threads, device=device, numerics=numerics
+        )
         self.spec = spec
         self.executor = TorchExecutor.load(Path("probe"), spec, config, lambda *_: None)
         self.dtype = self.executor.caps.dtype
@@ -326,8 +337,18 @@ def host_points(device: str, threads: int | None, spans: Sequence[int] = HOST_SP
     return found
 
 
-def measure(on_phase: OnPhase, *, threads: int | None = None, device: str = "auto", scale: float = 1.0) -> Measured:
-    """Everything. ``scale`` below 1 shrinks limits and leaves only short steps: for tests, not for use."""
+def measure(
+    on_phase: OnPhase,
+    *,
+    threads: int | None = None,
+    device: str = "auto",
+    numerics: Numerics = "fast",
+    scale: float = 1.0,
+) -> Measured:
+    """Everything; steps run with ``numerics``, as ``EngineConfig`` has it.
+
+    ``scale`` below 1 shrinks limits and leaves only short steps: for tests, not for use.
+    """
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     here = machine.describe()
     threads = threads or here.cores
@@ -344,7 +365,8 @@ def measure(on_phase: OnPhase, *, threads: int | None = None, device: str = "aut
     for model, plans in CALIBRATION.items():
         chosen = [plan for plan in plans if scale >= 1 or sum(plan.positions()) <= SHORT_POSITIONS]
         if scale >= 1 or model in SHORT_MODELS:
-            rig = Rig(MODELS[model](), needed(chosen), threads=None if cuda else threads, device=device)
+            n_threads = None if cuda else threads
+            rig = Rig(MODELS[model](), needed(chosen), threads=n_threads, device=device, numerics=numerics)
             rigs[model] = rig, chosen
     on_phase("steps")
     points = time_steps(rigs, rounds=4 if scale >= 1 else 1, limit_s=STEPS_LIMIT_S)
@@ -356,8 +378,9 @@ def measure(on_phase: OnPhase, *, threads: int | None = None, device: str = "aut
     on_phase("limits again")
     limits = better(early, look())
     properties = torch.cuda.get_device_properties(name) if cuda else None
+    title = properties.name if properties else f"{here.cpu}, {threads} threads"
     return Measured(
-        title=properties.name if properties else f"{here.cpu}, {threads} threads",
+        title=title if numerics == "fast" else f"{title}, {numerics} numerics",
         kind="gpu" if cuda else "cpu",
         dtype=dtype,
         threads=threads,
@@ -366,6 +389,7 @@ def measure(on_phase: OnPhase, *, threads: int | None = None, device: str = "aut
         limits=limits,
         points=tuple(points),
         host=tuple(host),
+        numerics=numerics,
     )
 
 
