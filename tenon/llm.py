@@ -27,6 +27,7 @@ from tenon.models.hf_config import read_config
 from tenon.models.hub import resolve
 from tenon.models.template import Renderer, load_templates
 from tenon.models.tokenizer import Detokenizer, load_tokenizer
+from tenon.server.text import OutputText
 
 Prompt = str | Sequence[int]
 
@@ -53,21 +54,12 @@ class Answer:
     cached_tokens: int = 0
 
 
+@dataclass
 class _Stream:
-    """Text of one output as its ids come in, cut at the first stop string."""
+    """An output and its text as ids come in."""
 
-    def __init__(self, detokenizer: Detokenizer, output: Output, stop: tuple[str, ...]) -> None:
-        self.detokenizer, self.output, self.stop = detokenizer, output, stop
-
-    def push(self, ids: Sequence[int], *, last: bool) -> bool:
-        """Add ids; True when a stop string ended the text."""
-        before = len(self.output.text)
-        self.output.text += self.detokenizer.push(ids) + (self.detokenizer.flush() if last else "")
-        reach = max((len(s) for s in self.stop), default=1) - 1
-        found = [at for s in self.stop if (at := self.output.text.find(s, max(0, before - reach))) >= 0]
-        if found:
-            self.output.text = self.output.text[: min(found)]
-        return bool(found)
+    output: Output
+    text: OutputText
 
 
 class LLM:
@@ -137,9 +129,8 @@ class LLM:
                 answers.append(answer)
                 names[add.request_id] = answer
                 for output in answer.outputs:
-                    streams[add.request_id, output.index] = _Stream(
-                        Detokenizer(self.tokenizer, at_start=False), output, p.stop
-                    )
+                    text = OutputText(Detokenizer(self.tokenizer, at_start=False), p.stop, p.min_tokens)
+                    streams[add.request_id, output.index] = _Stream(output, text)
                 self.engine.add(add)
         except RequestError:
             for name in names:
@@ -158,21 +149,11 @@ class LLM:
         if room < 1:
             raise ContextTooLong(len(ids), p.max_tokens or 1, limit)
         self._n_requests += 1
-        return Add(
-            request_id=f"llm-{self._n_requests}",
-            prompt=tuple(ids),
-            max_tokens=p.max_tokens or room,
-            seed=p.seed % 2**64 if p.seed is not None else secrets.randbits(64),
-            n=p.n,
-            temperature=p.temperature,
-            top_k=max(p.top_k, 0),
-            top_p=p.top_p,
-            min_p=p.min_p,
-            stop_ids=p.stop_token_ids,
-            ignore_eos=p.ignore_eos,
-            n_logprobs=-1 if p.logprobs is None else p.logprobs,
-            arrival_s=SYSTEM.now_s(),
-        )
+        return p.add(
+            f"llm-{self._n_requests}", ids, max_tokens=p.max_tokens or room,
+            seed=p.seed if p.seed is not None else secrets.randbits(64), stop_ids=p.stop_token_ids,
+            bad_words=self.tokenizer.spellings(p.bad_words), arrival_s=SYSTEM.now_s(),
+        )  # fmt: skip
 
     def _decode(self, names: dict[str, Answer], streams: dict[tuple[str, int], _Stream]) -> None:
         with self._bar("generating") as bar:
@@ -191,12 +172,12 @@ class LLM:
                     output.logprobs.extend(delta.logprobs)
                     output.top_logprobs.extend(dict(t) for t in delta.top)
                     names[delta.request_id].cached_tokens = delta.cached_tokens
-                    shown = delta.ids[:-1] if delta.stop_id is not None else delta.ids
-                    stopped = stream.push(shown, last=delta.finish_reason is not None)
-                    output.finish_reason = "stop" if stopped else delta.finish_reason
+                    piece = stream.text.push(delta)
+                    output.text += piece.text
+                    output.finish_reason = piece.finish_reason
                     if output.finish_reason is not None:
                         bar.advance(task)
-                    if stopped:
+                    if output.finish_reason is not None and delta.finish_reason is None:  # by a stop string
                         self.engine.abort(delta.request_id, delta.index, reason="stop")
                 rate = n_tokens / max(SYSTEM.now_s() - begin_s, 1e-9)
                 bar.update(task, description=f"{len(names)} prompts, {rate:.0f} tokens/s")

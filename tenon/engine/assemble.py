@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tenon.engine.edits import NO_KINDS, NO_TOKENS, NO_VALUES
 from tenon.engine.sequence import Seq
-from tenon.engine.step import I32, I64, SAMPLE, GroupStep, Params, Step
+from tenon.engine.step import F32, I32, I64, SAMPLE, U8, GroupStep, Params, Step
 
 
 @dataclass(eq=False, slots=True)
@@ -27,7 +28,6 @@ class Span:
 NO_MOVES = np.zeros((0, 2), np.int32)
 NO_TRANSFERS = np.zeros((0, 3), np.int64)
 NO_BITMASK = np.zeros((0, 0), np.uint32)
-NO_TOKENS, NO_KINDS, NO_VALUES = np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.float32)
 
 
 class _Tables:
@@ -140,7 +140,9 @@ class _Frame:
         self.parent = np.full(T, -1, np.int32)
         self.bucket_T, self.bucket_S = _bucket(T), _bucket(S)
 
-        rows = known.rows([seq for each in targets for seq in each])
+        outputs = [seq for each in targets for seq in each]
+        self.edited = [(r, seq, seq.edits) for r, seq in enumerate(outputs) if seq.edits is not None]
+        rows = known.rows(outputs)
         R = len(rows)
         self.out_span = np.repeat(np.arange(S), [len(each) for each in targets])
         self.out_row = (self.q_start[1:] - 1)[self.out_span]
@@ -223,6 +225,7 @@ class Assembler:
         """The step of the frame's rows."""
         frame = self._frame
         self._slots, self._out_position = slots, out_position
+        edits = _edits(frame) if frame.edited else (frame.no_starts, NO_TOKENS, NO_KINDS, NO_VALUES)
         start = frame.tables.start
         groups = tuple(
             GroupStep(slot, start, table, group_moves, NO_TRANSFERS)
@@ -249,13 +252,22 @@ class Assembler:
             bitmask_index=frame.bitmask_index,
             params=frame.params,
             bitmask=NO_BITMASK,
-            edit_start=frame.no_starts,
-            edit_token=NO_TOKENS,
-            edit_kind=NO_KINDS,
-            edit_value=NO_VALUES,
+            edit_start=edits[0],
+            edit_token=edits[1],
+            edit_kind=edits[2],
+            edit_value=edits[3],
             score_start=frame.no_starts,
             score_token=NO_TOKENS,
         )
+
+
+def _edits(frame: _Frame) -> tuple[I32, I32, U8, F32]:
+    """Where each output's edits begin, and theirs one after the other."""
+    found = [edits.of(seq.tokens[: seq.n_tokens], seq.n_prompt) for _, seq, edits in frame.edited]
+    counts = np.zeros(len(frame.want), np.int32)
+    counts[[r for r, _, _ in frame.edited]] = [len(tokens) for tokens, _, _ in found]
+    tokens, kinds, values = (np.concatenate(each) for each in zip(*found, strict=True))
+    return _starts(counts), tokens, kinds, values
 
 
 def _starts(counts: I32) -> I32:

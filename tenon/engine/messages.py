@@ -33,6 +33,13 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Each as its tokens, in every spelling that the tokenizer has for it."""
+    min_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     n_logprobs: int = -1

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tenon.base.errors import RequestError
+from tenon.engine.messages import Add
 
 MAX_N = 64
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_SEED = 2**64
+MAX_BIASES = 1024
+MAX_BAD_WORDS, MAX_BAD_CHARS = 128, 256
 
 
 def _require(ok: bool, param: str, value: object, right: str) -> None:
@@ -35,13 +39,21 @@ class SamplingParams:
     """One request's wishes. ``temperature`` 0 is greedy; filters apply in the order top_k, top_p, min_p.
 
     ``seed`` None draws one when the request is accepted, so that every run can be repeated. ``max_tokens``
-    None means as many as the context holds. Raises ``RequestError`` naming the field.
+    None means as many as the context holds. Penalties and ``logit_bias`` (token id to what is added) are applied as
+    :mod:`tenon.engine.edits` says; ``bad_words`` never come, and nothing ends the text before ``min_tokens``, stop
+    strings neither. Log-probabilities are the model's own, before all that. Raises ``RequestError`` naming the field.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[str, ...] = ()
+    min_tokens: int = 0
     seed: int | None = None
     max_tokens: int | None = None
     n: int = 1
@@ -59,6 +71,13 @@ class SamplingParams:
             _is_int(self.top_k) and -1 <= self.top_k < 2**31, "top_k", self.top_k, "0 or -1 (off) or a positive integer"
         )
         _require(_is_int(self.n) and 1 <= self.n <= MAX_N, "n", self.n, f"an integer from 1 to {MAX_N}")
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, "a number above 0, up to 10")
+        _require(
+            self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0, up to 10"
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            _number(name, getattr(self, name), -2.0, 2.0, "a number from -2 to 2")
+        self._check_words()
         if self.max_tokens is not None:
             _require(
                 _is_int(self.max_tokens) and 1 <= self.max_tokens < 2**31, "max_tokens", self.max_tokens, "at least 1"
@@ -76,6 +95,57 @@ class SamplingParams:
         ids = all(_is_int(i) and 0 <= i < 2**31 for i in self.stop_token_ids)
         _require(ids, "stop_token_ids", self.stop_token_ids, "a list of token ids")
         _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "true or false")
+
+    def _check_words(self) -> None:
+        bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        object.__setattr__(self, "logit_bias", tuple(bias))
+        few = len(self.logit_bias) <= MAX_BIASES
+        _require(few, "logit_bias", f"{len(self.logit_bias)} entries", f"of at most {MAX_BIASES} entries")
+        for token, value in self.logit_bias:
+            _require(_is_int(token) and 0 <= token < 2**31, "logit_bias", token, "a mapping from token ids")
+            _number("logit_bias", value, -100.0, 100.0, "of numbers from -100 to 100")
+        twice = len({token for token, _ in self.logit_bias}) < len(self.logit_bias)
+        _require(not twice, "logit_bias", self.logit_bias, "of one number for each token")
+        object.__setattr__(self, "bad_words", tuple(self.bad_words))
+        words = all(isinstance(word, str) and 1 <= len(word) <= MAX_BAD_CHARS for word in self.bad_words)
+        right = f"up to {MAX_BAD_WORDS} strings of 1 to {MAX_BAD_CHARS} characters"
+        _require(words and len(self.bad_words) <= MAX_BAD_WORDS, "bad_words", self.bad_words, right)
+        ok = _is_int(self.min_tokens) and 0 <= self.min_tokens < 2**31
+        _require(ok, "min_tokens", self.min_tokens, "an integer of at least 0")
+
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        seed: int,
+        stop_ids: tuple[int, ...],
+        bad_words: tuple[tuple[int, ...], ...],
+        arrival_s: float,
+    ) -> Add:
+        """The engine's message for one prompt. ``bad_words`` are this one's as tokens (see ``Tokenizer.spellings``)."""
+        return Add(
+            request_id=request_id,
+            prompt=tuple(prompt),
+            max_tokens=max_tokens,
+            seed=seed % MAX_SEED,
+            n=self.n,
+            temperature=self.temperature,
+            top_k=max(self.top_k, 0),
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            bad_words=bad_words,
+            min_tokens=self.min_tokens,
+            stop_ids=stop_ids,
+            ignore_eos=self.ignore_eos,
+            n_logprobs=-1 if self.logprobs is None else self.logprobs,
+            arrival_s=arrival_s,
+        )
 
     def with_(self, **changes: Any) -> SamplingParams:
         """A changed copy, checked again."""

@@ -10,6 +10,7 @@ Shapes: R outputs, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,18 +82,16 @@ def edited(logits_V: F32, step: Step, r: int) -> F32:
     if mask >= 0:
         bits = np.unpackbits(step.bitmask[mask].view(np.uint8), bitorder="little", count=len(out))
         out[bits == 0] = -np.inf
-    for token, kind, value in zip(
-        step.edit_token[start:end].tolist(),
-        step.edit_kind[start:end].tolist(),
-        step.edit_value[start:end].tolist(),
-        strict=True,
-    ):
+    borders = start + 1 + np.flatnonzero(np.diff(step.edit_kind[start:end]))
+    for at, until in pairwise((start, *borders.tolist(), end)):
+        tokens, values, kind = step.edit_token[at:until], step.edit_value[at:until], step.edit_kind[at]
         if kind == EDIT_ADD:
-            out[token] += value
+            np.add.at(out, tokens, values)
         elif kind == EDIT_BAN:
-            out[token] = -np.inf
+            out[tokens] = -np.inf
         else:
-            out[token] = out[token] / value if out[token] > 0 else out[token] * value
+            x = out[tokens]
+            out[tokens] = np.where(x > 0, x / values, x * values)
     return out
 
 
@@ -129,8 +128,8 @@ def sample_rows(
         start_s=0.0,
         end_s=0.0,
     )
-    plain = greedy is not None and not len(step.edit_token) and bool((step.bitmask_index < 0).all())
-    if plain and greedy is not None and logits_RV.shape[1] == 0:
+    plain_R = (step.bitmask_index < 0) & (np.diff(step.edit_start) == 0)
+    if greedy is not None and plain_R.all() and logits_RV.shape[1] == 0:
         result.ids[:] = greedy
         return result
     for r in range(R):
@@ -138,7 +137,7 @@ def sample_rows(
         n_logprobs = int(step.params.n_logprobs[p])
         try:
             if step.want[r] & SAMPLE:
-                if plain and greedy is not None and step.params.temperature[p] == 0 and greedy[r] >= 0:
+                if greedy is not None and plain_R[r] and step.params.temperature[p] == 0 and greedy[r] >= 0:
                     result.ids[r] = greedy[r]
                 else:
                     result.ids[r] = choose(edited(logits_RV[r], step, r), step, r, noise or philox.noise, fast)

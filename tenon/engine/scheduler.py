@@ -15,7 +15,8 @@ from functools import partial
 
 import numpy as np
 
-from tenon.base.errors import ContextTooLong, IntegrityError, Overloaded, RequestError
+from tenon.base.errors import IntegrityError, Overloaded, RequestError
+from tenon.engine.admission import check
 from tenon.engine.assemble import Assembler, Span
 from tenon.engine.blocks import DIGEST_BYTES, BlockPool, root_digest
 from tenon.engine.chunks import Chunks
@@ -86,24 +87,17 @@ class Scheduler:
 
     def add(self, add: Add) -> Accepted:
         """Queue a request. Raises ``RequestError`` (or ``ContextTooLong``, ``Overloaded``) and changes nothing then."""
-        n_prompt = len(add.prompt)
         if add.request_id in self.requests:
             raise RequestError(f"request id {add.request_id!r} is being served already", param="request_id")
-        if n_prompt == 0:
-            raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
-        if add.max_tokens < 1 or add.n < 1:
-            message = f"max_tokens and n must be at least 1, got {add.max_tokens} and {add.n}"
-            raise RequestError(message, param="max_tokens")
-        bad = next((t for t in add.prompt if not 0 <= t < self.vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"token id {bad} is outside the vocabulary of {self.vocab_size}", param="prompt")
-        if n_prompt + add.max_tokens > self.max_model_len:
-            raise ContextTooLong(n_prompt, add.max_tokens, self.max_model_len)
+        check(
+            add,
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            max_sequences=self.config.max_sequences,
+        )
         if len(self.waiting) >= self.config.max_waiting:
             message = f"{len(self.waiting)} requests are waiting already, which is the limit"
             raise Overloaded(message, retry_after_s=1.0)
-        if add.n > self.config.max_sequences:
-            raise RequestError(f"n must be at most {self.config.max_sequences} here, got {add.n}", param="n")
         root = root_digest(self._secret, self.model, str(self.weights_version), add.tenant)
         stop_ids = frozenset(add.stop_ids) | (frozenset() if add.ignore_eos else self.eos_ids)
         request = Request(add, self._order, self._secret, root, stop_ids)

@@ -17,6 +17,7 @@ from enum import Enum
 import numpy as np
 
 from tenon.engine.blocks import chain_digest
+from tenon.engine.edits import Edits, wanted
 from tenon.engine.messages import Add
 from tenon.engine.step import I32
 
@@ -61,6 +62,8 @@ class Seq:
         self.may_share = False
         """Whether siblings may hold the block that it writes next; only then need anyone look."""
         self.state = State.WAITING
+        self.edits = Edits(request.add, request.stop_ids) if wanted(request.add) else None
+        """What is done to its logits before a token is sampled from them."""
 
     @property
     def n_output(self) -> int:

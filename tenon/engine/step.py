@@ -38,7 +38,8 @@ HIDDEN: Final = 4
 EDIT_ADD: Final = 0
 EDIT_BAN: Final = 1
 EDIT_REPEAT: Final = 2
-"""Edits of one logit: add a value, forbid the token, or the multiplicative repetition penalty."""
+"""Edits of one logit: add a value, forbid the token, or the multiplicative repetition penalty. An output's edits apply
+in their order; of those of one kind that stand together, only values that are added may be of the same token."""
 
 
 _Part = TypeVar("_Part", "GroupStep", "Params", "Step")

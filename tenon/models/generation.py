@@ -18,7 +18,7 @@ from tenon.models.spec import ModelSpec
 FILE_NAME: Final = "generation_config.json"
 
 NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
-    "repetition_penalty": (1,), "num_beams": (1,), "num_beam_groups": (1,), "typical_p": (1,), "top_h": (),
+    "num_beams": (1,), "num_beam_groups": (1,), "typical_p": (1,), "top_h": (),
     "epsilon_cutoff": (0,), "eta_cutoff": (0,), "encoder_repetition_penalty": (1,), "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": ([],), "renormalize_logits": (False,),
     "forced_bos_token_id": (), "forced_eos_token_id": (), "suppress_tokens": ([],), "begin_suppress_tokens": ([],),
@@ -42,7 +42,9 @@ INERT: Final = frozenset(
 )  # fmt: skip
 """Speed, memory and the shape of answers; beams' own settings, which matter only where ``num_beams`` is reported."""
 
-READ: Final = frozenset({"do_sample", "temperature", "top_k", "top_p", "min_p", "max_new_tokens"}) | {
+READ: Final = frozenset(
+    {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens"}
+) | {
     "eos_token_id",
     "bos_token_id",
 }
@@ -59,13 +61,15 @@ class GenerationDefaults:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
     max_new_tokens: int | None = None
     eos_ids: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def sampling(self) -> dict[str, float | int]:
         """The recommendations by the names that ``SamplingParams`` has."""
-        given = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -100,6 +104,7 @@ def parse_generation(raw: Mapping[str, Any], spec: ModelSpec, where: str = FILE_
         top_k=top_k,
         top_p=fields.maybe("top_p", least=1e-9, most=1.0),
         min_p=fields.maybe("min_p", least=0.0, most=1.0),
+        repetition_penalty=fields.maybe("repetition_penalty", least=1e-9, most=10.0),
         max_new_tokens=max_new,
         eos_ids=spec.eos_ids if eos is None else token_ids(eos, "eos_token_id", where, spec.vocab_size),
         warnings=tuple(warnings),

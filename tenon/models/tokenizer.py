@@ -131,6 +131,11 @@ class Tokenizer:
             raise CheckpointError(f"{CONFIG_NAME}: {name} {text!r:.80} is not a token of {self._where}", subject=name)
         return text, found
 
+    def spellings(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word's tokens as the tokenizer writes it at the start of a text and after a blank, where they differ."""
+        found = {tuple(self.encode(text)): None for word in words for text in (word, " " + word.lstrip())}
+        return tuple(ids for ids in found if ids)
+
     def encode(self, text: str, add_special: bool = False) -> list[int]:
         """The ids of ``text``; special tokens written out in it count as such.
 

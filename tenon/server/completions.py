@@ -113,10 +113,10 @@ class Completions:
         prompts = [await _ids(text, p, special=True) if isinstance(p, str) else p for p in request.prompts]
         echo = [p if isinstance(p, str) else text.decode(p) for p in request.prompts] if request.echo else []
         max_tokens = params.max_tokens or text.generation.max_new_tokens or COMPLETION_MAX_TOKENS
-        stop_ids = _stop_ids(params, text)
+        bad_words = text.spellings(params.bad_words)
         try:
             adds = [
-                self._add(prompt, params, max_tokens, stop_ids, f"{request_id}/{i}", arrival_s)
+                self._add(prompt, params, max_tokens, text, bad_words, f"{request_id}/{i}", arrival_s)
                 for i, prompt in enumerate(prompts)
             ]
         except ContextTooLong as error:
@@ -138,7 +138,8 @@ class Completions:
         room = self._service.require_ready().max_model_len - len(prompt)
         max_tokens = params.max_tokens or max(1, min(text.generation.max_new_tokens or room, room))
         face = ChatFace(self._head("chatcmpl", request_id), text, logprobs=bool(request.logprobs))
-        add = self._add(prompt, params, max_tokens, _stop_ids(params, text), f"{request_id}/0", arrival_s)
+        bad_words = text.spellings(params.bad_words)
+        add = self._add(prompt, params, max_tokens, text, bad_words, f"{request_id}/0", arrival_s)
         return await self._submit([add], params, text, face, request.stream_options)
 
     def _require_model(self, request: CompletionRequest | ChatRequest) -> ModelText:
@@ -164,7 +165,8 @@ class Completions:
         prompt: Sequence[int],
         params: SamplingParams,
         max_tokens: int,
-        stop_ids: tuple[int, ...],
+        text: ModelText,
+        bad_words: tuple[tuple[int, ...], ...],
         request_id: str,
         arrival_s: float,
     ) -> Add:
@@ -181,21 +183,10 @@ class Completions:
             )
         if len(prompt) + max_tokens > ready.max_model_len:
             raise ContextTooLong(len(prompt), max_tokens, ready.max_model_len)
-        return Add(
-            request_id=request_id,
-            prompt=tuple(prompt),
-            max_tokens=max_tokens,
-            seed=(params.seed or 0) % 2**64,
-            n=params.n,
-            temperature=params.temperature,
-            top_k=max(params.top_k, 0),
-            top_p=params.top_p,
-            min_p=params.min_p,
-            stop_ids=stop_ids,
-            ignore_eos=params.ignore_eos,
-            n_logprobs=-1 if params.logprobs is None else params.logprobs,
-            arrival_s=arrival_s,
-        )
+        return params.add(
+            request_id, prompt, max_tokens=max_tokens, seed=params.seed or 0, stop_ids=_stop_ids(params, text),
+            bad_words=bad_words, arrival_s=arrival_s,
+        )  # fmt: skip
 
     async def _submit(
         self,
@@ -212,7 +203,11 @@ class Completions:
         except asyncio.CancelledError:
             job.abort()
             raise
-        outputs = [OutputText(text.detokenizer(add.prompt), params.stop) for add in adds for _ in range(add.n)]
+        outputs = [
+            OutputText(text.detokenizer(add.prompt), params.stop, params.min_tokens)
+            for add in adds
+            for _ in range(add.n)
+        ]
         return Answer(job, face, outputs, sum(len(add.prompt) for add in adds), options or StreamOptions())
 
     def _head(self, kind: str, request_id: str) -> Head:

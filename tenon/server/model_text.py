@@ -27,6 +27,10 @@ class ModelText:
         """Ids of a text; ``special`` adds what the model wants around a plain one. Raises ``RequestError``."""
         return self.tokenizer.encode(text, add_special=special)
 
+    def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word as tokens, at the start of a text and after a blank."""
+        return self.tokenizer.spellings(words)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a prompt given as ids."""
         return self.tokenizer.decode(ids)

@@ -17,10 +17,6 @@ from tenon.engine.params import SamplingParams
 from tenon.server.limits import Limits
 
 NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "logit_bias": (None, {}),
     "response_format": (None, {"type": "text"}),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -60,6 +56,12 @@ _MESSAGE_NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
     "reasoning": (None, ""),
 }
 
+WISHES: Final = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "bad_words", "min_tokens", "n", "stop", "stop_token_ids", "ignore_eos",
+)  # fmt: skip
+"""Fields that ``SamplingParams`` takes as they are."""
+
 ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -80,6 +82,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    min_tokens: int | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
@@ -198,10 +206,12 @@ def sampling_params(
     else:
         name, max_tokens, logprobs = "max_tokens", request.max_tokens, request.logprobs
     wishes: dict[str, Any] = dict(defaults)
-    for field in ("temperature", "top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "ignore_eos"):
+    for field in WISHES:
         value = getattr(request, field)
         if value is not None:
             wishes[field] = value
+    if request.logit_bias is not None:
+        wishes["logit_bias"] = _biases(request.logit_bias)
     wishes.update(max_tokens=max_tokens, logprobs=logprobs, seed=seed if request.seed is None else request.seed)
     try:
         return SamplingParams(**wishes)
@@ -211,6 +221,15 @@ def sampling_params(
         if error.param == "logprobs" and isinstance(request, ChatRequest):
             raise RequestError("top_" + str(error), param="top_logprobs", code=error.code) from error
         raise
+
+
+def _biases(given: dict[str, float]) -> dict[int, float]:
+    """Token ids are JSON's keys, and so strings."""
+    wrong = next((key for key in given if not (key.isascii() and key.isdecimal())), None)
+    if wrong is not None:
+        said = f"logit_bias must map token ids to numbers, got the key {wrong!r:.40}"
+        raise RequestError(said, param="logit_bias", code="invalid_value")
+    return {int(key): value for key, value in given.items()}
 
 
 def check_work(n_prompts: int, params: SamplingParams, max_tokens: int, limits: Limits) -> None:

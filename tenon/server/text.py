@@ -87,10 +87,14 @@ class Piece:
 
 
 class OutputText:
-    """The text of one sequence as it grows. ``n_tokens`` counts what was generated, stop tokens included."""
+    """The text of one sequence as it grows. ``n_tokens`` counts what was generated, stop tokens included.
 
-    def __init__(self, decoder: IncrementalDecoder, stops: Sequence[str]) -> None:
+    Stop strings are looked for in what follows the first ``min_tokens`` tokens.
+    """
+
+    def __init__(self, decoder: IncrementalDecoder, stops: Sequence[str], min_tokens: int = 0) -> None:
         self._decoder = decoder
+        self._min_tokens = min_tokens
         self._scanner = StopScanner(stops)
         self._pending: deque[tuple[int, TokenLogprob]] = deque()
         self._decoded = 0
@@ -111,7 +115,7 @@ class OutputText:
             if delta.logprobs:
                 top = delta.top[i] if delta.top else ()
                 self._pending.append((self._decoded, TokenLogprob(token, delta.logprobs[i], top, start)))
-            text += self._scanner.push(new)
+            text += self._scanner.push(new) if self.n_tokens > self._min_tokens else new
             if self._scanner.found is not None:
                 return self._end(text, "stop", cut=True)
         if delta.finish_reason is None:

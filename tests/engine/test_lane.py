@@ -20,6 +20,9 @@ ADDS = st.lists(
             "max_tokens": st.integers(1, 50),
             "n": st.integers(1, 2),
             "n_logprobs": st.sampled_from([-1, -1, 0, 2]),
+            "wishes": st.sampled_from(
+                [{}, {}, {"repetition_penalty": 1.5}, {"bad_words": ((3,), (4, 5)), "min_tokens": 1}]
+            ),
             "stops": st.lists(st.integers(0, 19), max_size=1),
             "abort_after": st.sampled_from([None, None, None, 0, 3, 17]),
         }
@@ -48,7 +51,7 @@ def serve(made: Engine, asked: list[dict], *, lanes: bool) -> Iterator[tuple[byt
             prompt = tuple((i + j * j) % 20 for j in range(one["n_prompt"]))
             scheduler.add(
                 Add(f"r{i}", prompt, one["max_tokens"], i, one["n"], stop_ids=tuple(one["stops"]),
-                    n_logprobs=one["n_logprobs"])
+                    n_logprobs=one["n_logprobs"], **one["wishes"])
             )  # fmt: skip
             if one["abort_after"] is not None:
                 aborts.setdefault(tick + one["abort_after"], []).append(f"r{i}")

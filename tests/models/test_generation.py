@@ -19,12 +19,14 @@ SPEC = ModelSpec(
 def test_recommendations_are_honoured() -> None:
     raw = {
         "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "max_new_tokens": 512,
-        "eos_token_id": [7, 9, 7], "pad_token_id": 0, "transformers_version": "5.0", "repetition_penalty": 1.0,
+        "eos_token_id": [7, 9, 7], "pad_token_id": 0, "transformers_version": "5.0", "repetition_penalty": 1.05,
         "num_beams": 1, "typical_p": None, "_from_model_config": True,
     }  # fmt: skip
     found = parse_generation(raw, SPEC)
-    assert found == GenerationDefaults(0.6, 20, 0.95, 0.01, 512, (7, 9), ())
-    assert found.sampling() == {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.01}
+    assert found == GenerationDefaults(0.6, 20, 0.95, 0.01, 1.05, 512, (7, 9), ())
+    assert found.sampling() == {
+        "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.05,
+    }  # fmt: skip
 
 
 def test_what_is_not_said_is_left_open() -> None:
@@ -40,7 +42,7 @@ def test_no_sampling_is_greedy() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_beams", 4), ("typical_p", 0.9), ("repetition_penalty", 1.1), ("suppress_tokens", [3]), ("brand_new", 1)],
+    [("num_beams", 4), ("typical_p", 0.9), ("no_repeat_ngram_size", 3), ("suppress_tokens", [3]), ("brand_new", 1)],
 )
 def test_what_changes_the_tokens_and_is_not_there_is_reported(name: str, value: Any) -> None:
     (warning,) = parse_generation({name: value}, SPEC).warnings

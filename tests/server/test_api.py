@@ -219,3 +219,28 @@ def test_events_tell_of_a_request(server: Running) -> None:
     assert seen[0]["kind"] == "state"
     kinds = [event["kind"] for event in seen if event["kind"] in ("started", "first", "finished")]
     assert kinds == ["started", "first", "finished"]
+
+
+def test_biases_bans_and_least_lengths_reach_the_engine(server: Running) -> None:
+    """Greedy: what is banned is never taken, and nothing before it changes."""
+    ids = {chr(i + 33): i for i in range(94)}
+
+    def answer(**wishes: Any) -> tuple[str, int]:
+        whole = server.complete(temperature=0, max_tokens=60, ignore_eos=True, **wishes)
+        return whole["choices"][0]["text"], whole["usage"]["completion_tokens"]
+
+    plain, _ = answer()
+    banned = next(c for c in plain[10:] if c in ids)
+    before = plain.partition(banned)[0]
+    for wish in ({"bad_words": [banned]}, {"logit_bias": {str(ids[banned]): -100}}):
+        text, _ = answer(**wish)
+        assert text.startswith(before)
+        assert banned not in text
+    neutral = {"repetition_penalty": 1.0, "presence_penalty": 0, "logit_bias": {"5": 0}, "min_tokens": 0}
+    assert answer(**neutral)[0] == plain
+    assert answer(repetition_penalty=5.0, frequency_penalty=2.0)[0] != plain
+    for stop in ({"stop": banned}, {"stop_token_ids": [ids[banned]]}):
+        assert answer(**stop)[0] == before
+        text, n_tokens = answer(**stop, min_tokens=50)
+        assert n_tokens >= 50
+        assert text.startswith(before)

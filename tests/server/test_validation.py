@@ -46,8 +46,15 @@ COMPLETION: list[tuple[dict[str, Any], str | None]] = [
     ({"stream": True, "stream_options": {"include_use": True}}, "stream_options.include_use"),
     ({"suffix": "end"}, "suffix"),
     ({"best_of": 2}, "best_of"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"),
-    ({"logit_bias": {"1": 2}}, "logit_bias"),
+    ({"frequency_penalty": 2.5}, "frequency_penalty"),
+    ({"presence_penalty": "much"}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"logit_bias": {"one": 2}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"logit_bias": {"258": 1}}, "logit_bias"),
+    ({"bad_words": ["a", ""]}, "bad_words"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
     ({"temprature": 1}, "temprature"),
 ]
 CHAT: list[tuple[dict[str, Any], str | None]] = [
