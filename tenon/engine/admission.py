@@ -8,7 +8,7 @@ from tenon.base.errors import ContextTooLong, RequestError
 from tenon.engine.messages import Add
 
 
-def check(add: Add, *, vocab_size: int, max_model_len: int, max_sequences: int) -> None:
+def check(add: Add, vocab_size: int, max_model_len: int, max_sequences: int) -> None:
     """Raises ``RequestError``, or ``ContextTooLong``, naming the field."""
     n_prompt = len(add.prompt)
     if n_prompt == 0:

@@ -13,7 +13,7 @@ from tenon.base.errors import RequestError
 from tenon.engine.config import EngineConfig
 from tenon.engine.executors.base import Executor
 from tenon.engine.kv_log import MAX_EVENTS
-from tenon.engine.messages import Accepted, Add, Delta, KVEvent, KVEvents, Misses, Ready, Residency, Stats
+from tenon.engine.messages import Accepted, Add, Delta, KVEvent, KVEvents, Misses, PromptScores, Ready, Residency, Stats
 from tenon.engine.residency import residency
 from tenon.engine.scheduler import Scheduler
 
@@ -121,6 +121,11 @@ class Engine:
     def take_misses(self) -> list[Misses]:
         """What the cache had for requests that came in since this was last called."""
         return self.scheduler.explain.take()
+
+    def take_prompt_scores(self) -> list[PromptScores]:
+        """What was scored of prompts since this was last called."""
+        found, self.scheduler.prompt_scores = self.scheduler.prompt_scores, []
+        return found
 
     def take_kv_events(self, limit: int = MAX_EVENTS) -> KVEvents:
         """Blocks that came and went since this was last called, at most ``limit``, each group's oldest first."""

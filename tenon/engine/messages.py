@@ -43,6 +43,8 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     n_logprobs: int = -1
+    prompt_logprobs: int = -1
+    """-1: the prompt's tokens are not scored; 0: their log-probabilities; k: also the k best of each position."""
     tenant: str = ""
     slo_class: str = ""
     arrival_s: float = 0.0
@@ -131,6 +133,18 @@ class Delta(msgspec.Struct, frozen=True):
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
     cached_tokens: int = 0
     error: str | None = None
+
+
+class PromptScores(msgspec.Struct, frozen=True, tag="prompt_scores"):
+    """Log-probabilities of a prompt's tokens from position ``start`` on; batches come in order, before any output.
+
+    ``top``: of each of those positions, the best (id, log-probability), best first.
+    """
+
+    request_id: str
+    start: int
+    logprobs: tuple[float, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
@@ -260,7 +274,9 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
 
 
 ToEngine = Add | Abort | LoadWeights | Drain | Reset | Forget | Watch
-FromEngine = Phase | Ready | Accepted | Rejected | Misses | Outputs | Stats | KVEvents | Residency | Fatal
+FromEngine = (
+    Phase | Ready | Accepted | Rejected | Misses | PromptScores | Outputs | Stats | KVEvents | Residency | Fatal
+)
 
 
 class EngineBatch(msgspec.Struct, frozen=True, array_like=True):

@@ -61,6 +61,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0.0, 100.0, "a number from 0 to 100")
@@ -85,9 +86,10 @@ class SamplingParams:
         if self.seed is not None:
             in_range = _is_int(self.seed) and -(2**63) <= self.seed < MAX_SEED
             _require(in_range, "seed", self.seed, "an integer of 64 bits")
-        if self.logprobs is not None:
-            ok = _is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS
-            _require(ok, "logprobs", self.logprobs, f"an integer from 0 to {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            ok = value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS)
+            _require(ok, name, value, f"an integer from 0 to {MAX_LOGPROBS}")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         stops = all(isinstance(s, str) and s for s in self.stop) and len(self.stop) <= MAX_STOPS
@@ -144,6 +146,7 @@ class SamplingParams:
             stop_ids=stop_ids,
             ignore_eos=self.ignore_eos,
             n_logprobs=-1 if self.logprobs is None else self.logprobs,
+            prompt_logprobs=-1 if self.prompt_logprobs is None else self.prompt_logprobs,
             arrival_s=arrival_s,
         )
 

@@ -111,6 +111,7 @@ def sample_rows(
 ) -> StepResult:
     """Choose a token for each output that wants one; log-probabilities are of the unprocessed logits.
 
+    ``logits_RV`` may lack the step's last outputs: nothing is found out about those.
     ``noise`` and ``fast`` are a backend's quicker ways to the same numbers; ``greedy`` the rows' argmax where it has
     them (-1 where there is none); logits of width 0 say that all rows are greedy and plain. A row that cannot be
     sampled is an error of its sequence alone.
@@ -130,9 +131,9 @@ def sample_rows(
     )
     plain_R = (step.bitmask_index < 0) & (np.diff(step.edit_start) == 0)
     if greedy is not None and plain_R.all() and logits_RV.shape[1] == 0:
-        result.ids[:] = greedy
+        result.ids[: len(greedy)] = greedy
         return result
-    for r in range(R):
+    for r in range(len(logits_RV)):
         p = int(step.params_index[r])
         n_logprobs = int(step.params.n_logprobs[p])
         try:
@@ -146,14 +147,23 @@ def sample_rows(
             continue
         if n_logprobs < 0 and not step.want[r] & SCORE:
             continue
-        logp_V = log_softmax(logits_RV[r])
-        if step.want[r] & SAMPLE:
-            result.logprobs[r] = logp_V[result.ids[r]]
-        if n_logprobs > 0:
-            best = np.lexsort((np.arange(len(logp_V)), -logp_V))[:n_logprobs]
-            result.top_ids[r, :n_logprobs] = best
-            result.top_logprobs[r, :n_logprobs] = logp_V[best]
-        if step.want[r] & SCORE:
-            where = slice(int(step.score_start[r]), int(step.score_start[r + 1]))
-            result.scores[where] = logp_V[step.score_token[where]]
+        look_up(step, result, r, logits_RV[r])
     return result
+
+
+def look_up(step: Step, result: StepResult, r: int, logits_V: NDArray[np.floating]) -> None:
+    """Fill in the log-probabilities that output ``r`` wants: its token's, the best ones, those it is to score."""
+    n_logprobs = int(step.params.n_logprobs[step.params_index[r]])
+    logp_V = log_softmax(logits_V)
+    if step.want[r] & SAMPLE:
+        result.logprobs[r] = logp_V[result.ids[r]]
+    if n_logprobs > 0:
+        # The best by value, the smaller id where two are equal; only those that may be among them are sorted.
+        bar = np.partition(logp_V, -n_logprobs)[-n_logprobs] if n_logprobs < len(logp_V) else -np.inf
+        near = np.flatnonzero(logp_V >= bar)
+        best = near[np.lexsort((near, -logp_V[near]))][:n_logprobs]
+        result.top_ids[r, :n_logprobs] = best
+        result.top_logprobs[r, :n_logprobs] = logp_V[best]
+    if step.want[r] & SCORE:
+        where = slice(int(step.score_start[r]), int(step.score_start[r + 1]))
+        result.scores[where] = logp_V[step.score_token[where]]

@@ -24,12 +24,13 @@ from tenon.engine.config import EngineConfig
 from tenon.engine.counters import Counters
 from tenon.engine.explain import Explainer
 from tenon.engine.lane import Lane
-from tenon.engine.messages import Accepted, Add, Delta
+from tenon.engine.messages import Accepted, Add, Delta, PromptScores
 from tenon.engine.pending import Pending
 from tenon.engine.policies.evict import Evict
 from tenon.engine.policies.table import POLICIES
 from tenon.engine.recompute import CostOf, alike
 from tenon.engine.reuse import hold, resident, runs_of, turn_of
+from tenon.engine.scoring import told, with_scores
 from tenon.engine.sequence import Request, Seq, State
 from tenon.engine.step import Step, StepResult
 from tenon.models.spec import KVGroup
@@ -73,6 +74,8 @@ class Scheduler:
         self.waiting: list[Seq] = []
         self.running: list[Seq] = []
         self.counters = Counters()
+        self.prompt_scores: list[PromptScores] = []
+        """Not yet taken by whoever sends them."""
         self.pending = Pending()
         self.chunks = chunks or Chunks(config, groups)
         self._secret = secret
@@ -89,12 +92,7 @@ class Scheduler:
         """Queue a request. Raises ``RequestError`` (or ``ContextTooLong``, ``Overloaded``) and changes nothing then."""
         if add.request_id in self.requests:
             raise RequestError(f"request id {add.request_id!r} is being served already", param="request_id")
-        check(
-            add,
-            vocab_size=self.vocab_size,
-            max_model_len=self.max_model_len,
-            max_sequences=self.config.max_sequences,
-        )
+        check(add, self.vocab_size, self.max_model_len, self.config.max_sequences)
         if len(self.waiting) >= self.config.max_waiting:
             message = f"{len(self.waiting)} requests are waiting already, which is the limit"
             raise Overloaded(message, retry_after_s=1.0)
@@ -158,10 +156,10 @@ class Scheduler:
             if self.waiting:
                 self._spans = list(lane.spans)
                 self._admit(self.chunks.budget(lane.seqs, (), self.waiting) - len(lane.spans))
+            if self._lane is not lane:
+                return self._assembled()
             self.counters.steps += 1
-            if self._lane is lane:
-                return self._assembler.further(self.counters.steps, self.weights_version, *lane.rows)
-            return self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
+            return self._assembler.further(self.counters.steps, self.weights_version, *lane.rows)
         self.leave_lane()
         self.pending.begin_step()
         size = self.config.block_tokens
@@ -193,8 +191,12 @@ class Scheduler:
                 raise IntegrityError("there is work, but no span could be scheduled")
             return None
         self._lane = None if self._moves else Lane.open(self._spans, len(self.running))
+        return self._assembled()
+
+    def _assembled(self) -> Step:
         self.counters.steps += 1
-        return self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
+        step = self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
+        return with_scores(step, self._spans) if any(span.seq.to_score for span in self._spans) else step
 
     def leave_lane(self) -> None:
         """What runs has changed, or is taken further by somebody else: the next step is looked for anew."""
@@ -232,7 +234,8 @@ class Scheduler:
             if n_blocks - n_hits > min(pool.n_available for pool in self.pools):
                 return False
         gaps = config.reuse == "blocks"
-        cached, awaited = resident(seq, self.pools, self.pending, gaps=gaps) if config.prefix_cache else ({}, {})
+        looks = config.prefix_cache and not seq.to_score
+        cached, awaited = resident(seq, self.pools, self.pending, gaps=gaps) if looks else ({}, {})
         seq.looked_up = len(cached) + len(awaited), self._n_offered()
         # Matched idle blocks count as available until they are held.
         for group, pool in enumerate(self.pools):
@@ -332,6 +335,8 @@ class Scheduler:
         if self._lane is not None and not failed:
             return self._commit_lane(self._lane, ids, result)
         self.leave_lane()
+        if len(step.score_token):
+            self.prompt_scores += told(self._spans, result)
         deltas: list[Delta] = []
         row = n_new = 0
         for span in self._spans:

@@ -59,6 +59,9 @@ class Seq:
         self.pinned = False
         self.heirs: list[Seq] = request.seqs
         """Whose next token its last row gives: all siblings' while they share the prompt's computing, then its own."""
+        self.n_scored = 1
+        """Tokens of the prompt that need no scoring any more: nothing says how likely the first is."""
+        self.to_score = index == 0 and request.add.prompt_logprobs >= 0 and self.n_prompt > 1
         self.may_share = False
         """Whether siblings may hold the block that it writes next; only then need anyone look."""
         self.state = State.WAITING

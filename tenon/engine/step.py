@@ -8,6 +8,7 @@ bytes (``Step.pack`` / ``Step.unpack``). Rules an executor keeps:
 - A chain row (``parent`` -1) at position p sees its sequence's positions <= p through the block table. A tree
   row sees the positions up to its tree's root (the ancestor with parent -1), its ancestors and itself. A group's
   window applies to both.
+- Outputs that are only scored come after all others.
 - Padding rows write to the null block 0.
 
 Lengths: T rows, S spans, R outputs, P rows of the parameter table, B bit masks, V vocabulary.
@@ -105,7 +106,7 @@ class Step:
     """(R,) row whose logits are wanted; several outputs may share one (forks)."""
     out_seq: I64
     out_position: I32
-    """(R,) index of the token among the sequence's outputs: part of the noise's key."""
+    """(R,) index of the token among the sequence's outputs, negative for the prompt's: part of the noise's key."""
     want: U8
     """(R,) SAMPLE | SCORE | HIDDEN."""
     params_index: I32

@@ -43,7 +43,7 @@ class Recorder(TorchExecutor):
     def logits(self, step: Step) -> Tensor:
         out_RV = super().logits(step)
         where = zip(step.out_seq.tolist(), step.out_position.tolist(), strict=True)
-        self.__dict__.setdefault("rows", {}).update(zip(where, out_RV.clone(), strict=True))
+        self.__dict__.setdefault("rows", {}).update(zip(where, out_RV.clone(), strict=False))  # scores have none
         return out_RV
 
 

@@ -23,6 +23,7 @@ ADDS = st.lists(
             "wishes": st.sampled_from(
                 [{}, {}, {"repetition_penalty": 1.5}, {"bad_words": ((3,), (4, 5)), "min_tokens": 1}]
             ),
+            "prompt_logprobs": st.sampled_from([-1, -1, 1]),
             "stops": st.lists(st.integers(0, 19), max_size=1),
             "abort_after": st.sampled_from([None, None, None, 0, 3, 17]),
         }
@@ -51,7 +52,7 @@ def serve(made: Engine, asked: list[dict], *, lanes: bool) -> Iterator[tuple[byt
             prompt = tuple((i + j * j) % 20 for j in range(one["n_prompt"]))
             scheduler.add(
                 Add(f"r{i}", prompt, one["max_tokens"], i, one["n"], stop_ids=tuple(one["stops"]),
-                    n_logprobs=one["n_logprobs"], **one["wishes"])
+                    n_logprobs=one["n_logprobs"], prompt_logprobs=one["prompt_logprobs"], **one["wishes"])
             )  # fmt: skip
             if one["abort_after"] is not None:
                 aborts.setdefault(tick + one["abort_after"], []).append(f"r{i}")

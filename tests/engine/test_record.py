@@ -34,7 +34,16 @@ def requests(n: int, vocab_size: int, seed: int = 0) -> list[Add]:
         prompt = beginnings[random.integers(4)][: random.integers(20, 71)] + tail
         n_samples = 2 if i % 29 == 0 else 1
         made.append(
-            Add(f"r{i}", prompt, int(random.integers(1, 16)), seed=i, n=n_samples, temperature=float(i % 3 == 0))
+            Add(
+                f"r{i}",
+                prompt,
+                int(random.integers(1, 16)),
+                seed=i,
+                n=n_samples,
+                temperature=float(i % 3 == 0),
+                presence_penalty=float(i % 5 == 0),
+                prompt_logprobs=1 if i % 7 == 0 else -1,
+            )
         )
     return made
 
@@ -157,7 +166,7 @@ def test_a_step_that_differs_is_named_with_its_fields(tmp_path: Path) -> None:
         return frame
 
     found = replay(rewritten(path, other_token))
-    assert found.difference == "step 10 differs from the record's in tok"
+    assert found.difference == "step 10 differs from the record's in tok, edit_token"
     assert not found.closed
 
 

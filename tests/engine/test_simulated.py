@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tenon.engine.policies.table import POLICIES
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.simulate import Marks, Simulated, Simulation, device_cost, free_bytes
 from tenon.engine.simulated_view import timeline
-from tenon.engine.step import SCORE, Step
+from tenon.engine.step import HIDDEN, Step
 from tenon.models.shapes import find as find_model
 from tenon.models.spec import KVGroup, ModelSpec
 from tenon.sim.clock import VirtualClock
@@ -422,8 +422,11 @@ def test_the_executor_refuses_what_no_cost_model_can_answer() -> None:
     oracle.tell(0, truth(0)[:0])
     with pytest.raises(IntegrityError, match="sequence 0 is asked for output 0, it has 0"):
         executor.submit(step)
-    step.want[0] |= SCORE
-    with pytest.raises(IntegrityError, match="no scores"):
+    scored = replace(step, score_token=np.array([2], np.int32))
+    with pytest.raises(IntegrityError, match="not how likely their prompts are"):
+        executor.submit(scored)
+    step.want[0] |= HIDDEN
+    with pytest.raises(IntegrityError, match="no hidden states"):
         executor.submit(step)
     oracle.forget(0)
     with pytest.raises(KeyError):

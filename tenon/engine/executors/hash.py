@@ -16,7 +16,7 @@ from tenon.base.errors import IntegrityError
 from tenon.base.philox import derive
 from tenon.engine.executors.base import Caps, Ticket
 from tenon.engine.sampling import sample_rows
-from tenon.engine.step import HIDDEN, I32, SCORE, Step, StepResult
+from tenon.engine.step import HIDDEN, I32, SAMPLE, Step, StepResult
 from tenon.models.spec import KVGroup
 
 EMPTY = -7
@@ -70,10 +70,11 @@ class HashExecutor:
         rows = [self._visible(step, span, tok, int(row)) for row in step.out_row]
         logits_RV = np.stack([self.logits(r) for r in rows]) if rows else np.zeros((0, self._vocab_size), np.float32)
         result = sample_rows(step, logits_RV)
-        for seq, token in zip(step.out_seq.tolist(), result.ids.tolist(), strict=True):
-            self._last[seq] = token
-        if np.any(step.want & (SCORE | HIDDEN)):
-            raise IntegrityError("the hash executor has no hidden states and no scores")
+        for seq, token, want in zip(step.out_seq.tolist(), result.ids.tolist(), step.want.tolist(), strict=True):
+            if want & SAMPLE:
+                self._last[seq] = token
+        if np.any(step.want & HIDDEN):
+            raise IntegrityError("the hash executor has no hidden states")
         result.start_s, result.end_s = start_s, self._clock.now_s()
         self.n_steps += 1
         ticket = Ticket(step.id)

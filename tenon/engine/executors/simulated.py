@@ -18,14 +18,13 @@ import numpy as np
 from tenon.base.errors import IntegrityError
 from tenon.cost.work import StepShape, step_shape
 from tenon.engine.executors.base import Caps, Ticket
-from tenon.engine.step import F32, HIDDEN, I32, I64, SCORE, Step, StepResult
+from tenon.engine.step import F32, HIDDEN, I32, I64, Step, StepResult
 from tenon.models.spec import KVGroup
 from tenon.sim.clock import VirtualClock
 
 StepCost = Callable[[StepShape], float]
 """Seconds that a device needs for a step of this shape."""
 
-_NO_F32: Final[F32] = np.zeros(0, np.float32)
 _NO_I64: Final[I64] = np.zeros(0, np.int64)
 _NO_HIDDEN: Final[F32] = np.zeros((0, 0), np.float32)
 
@@ -64,6 +63,8 @@ class TrueTokens:
             raise IntegrityError(f"the oracle was not told what sequence {seq} answers") from None
 
     def answer(self, step: Step) -> tuple[I32, dict[int, str]]:
+        if len(step.score_token):
+            raise IntegrityError("the oracle knows what sequences answer, not how likely their prompts are")
         lists = self._lists
         where = zip(step.out_seq.tolist(), step.out_position.tolist(), strict=True)
         try:
@@ -133,8 +134,8 @@ class SimulatedExecutor:
         return seconds
 
     def submit(self, step: Step) -> Ticket:
-        if (step.want & (SCORE | HIDDEN)).any():
-            raise IntegrityError("the simulated executor has no hidden states and no scores")
+        if (step.want & HIDDEN).any():
+            raise IntegrityError("the simulated executor has no hidden states")
         if self.watch is not None:
             self.watch(step)
         ids, errors = self._oracle.answer(step)
@@ -148,7 +149,7 @@ class SimulatedExecutor:
         self._results[ticket] = StepResult(
             ids,
             *_unknown(step.n_outputs, max(0, int(step.params.n_logprobs.max(initial=-1)))),
-            scores=_NO_F32,
+            scores=np.full(len(step.score_token), np.nan, np.float32),
             hidden=_NO_HIDDEN,
             transfers_done=_NO_I64,
             start_s=start_s,

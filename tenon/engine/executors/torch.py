@@ -28,8 +28,8 @@ from tenon.engine.executors import native
 from tenon.engine.executors.attention import NativeAttention, TorchAttention
 from tenon.engine.executors.base import Caps, Ticket
 from tenon.engine.executors.stack import HEAD_MULTIPLE, Stack, uncovered
-from tenon.engine.sampling import sample_rows
-from tenon.engine.step import HIDDEN, SAMPLE, Step, StepResult
+from tenon.engine.sampling import look_up, sample_rows
+from tenon.engine.step import HIDDEN, SAMPLE, SCORE, Step, StepResult
 from tenon.models import rope
 from tenon.models.checkpoint import load_decoder, random_decoder
 from tenon.models.decoder import Decoder, Maths
@@ -41,6 +41,15 @@ OnPhase = Callable[[str, float, str], None]
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCRATCH_BYTES: Final = 256 * 2**20
 """Left free beside the cache for a step's activations."""
+
+
+SCORED_AT_ONCE: Final = 64
+"""Rows of a prompt whose logits are held at the same time."""
+
+
+def _n_sampled(step: Step) -> int:
+    """Outputs that are more than scored; they come first."""
+    return int(np.count_nonzero(step.want != SCORE))
 
 
 class Forward(Protocol):
@@ -219,19 +228,21 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def logits(self, step: Step) -> Tensor:
-        """Logits (R, V) of the step's outputs, in the model's type; distinct rows are computed once."""
-        hidden_TM = self.hidden(step)
+        """Logits (R, V) of the step's outputs, save those that are only scored, in the model's type; distinct rows are
+        computed once."""
+        self._hidden = hidden_TM = self.hidden(step)
         back = None
-        if step.n_outputs == step.n_rows and (np.diff(step.out_row) == 1).all():
+        out_row = step.out_row[: _n_sampled(step)]
+        if len(out_row) == step.n_rows and (np.diff(out_row) == 1).all():
             self._wanted = hidden_TM  # decoding: every row is an output, in order
         else:
-            rows, back = np.unique(step.out_row, return_inverse=True)
+            rows, back = np.unique(out_row, return_inverse=True)
             self._wanted = hidden_TM[torch.from_numpy(rows.astype(np.int64)).to(self._device)]
-            if len(rows) == step.n_outputs and (np.diff(back) == 1).all():
+            if len(rows) == len(out_row) and (np.diff(back) == 1).all():
                 back = None
         # Decoding rows are all sampled, and sampling finds what is not finite; a chunk's rows are looked at here.
         self._spoilt = self._not_finite(step, hidden_TM) if step.n_rows > len(self._wanted) else []
-        if not step.n_outputs:
+        if not len(out_row):
             return hidden_TM.new_zeros((0, self.spec.vocab_size))
         logits = self.forward.logits(self._wanted)
         return logits if back is None else logits[torch.from_numpy(back).to(self._device)]
@@ -247,13 +258,15 @@ class TorchExecutor:
         start_s = self._clock.now_s()
         logits_RV = self.logits(step)
         result = self._sample(step, logits_RV)
+        self._score(step, result)
+        n = _n_sampled(step)
         for seq in self._spoilt:
             result.errors.setdefault(seq, "a hidden state is not finite")
         hidden = np.flatnonzero(step.want & HIDDEN)
         if len(hidden):
-            rows = np.unique(step.out_row, return_inverse=True)[1][hidden]
+            rows = np.unique(step.out_row[:n], return_inverse=True)[1][hidden]
             result.hidden = self._wanted[torch.from_numpy(rows)].float().cpu().numpy()
-        self._last = dict(zip(step.out_seq.tolist(), result.ids.tolist(), strict=True))
+        self._last = dict(zip(step.out_seq[:n].tolist(), result.ids[:n].tolist(), strict=True))
         result.start_s, result.end_s = start_s, self._clock.now_s()
         ticket = Ticket(step.id)
         self._results[ticket] = result
@@ -263,15 +276,26 @@ class TorchExecutor:
     def _sample(self, step: Step, logits_RV: Tensor) -> StepResult:
         """Tokens of the outputs; rows that are greedy and plain never leave the device as logits."""
         greedy = self._greedy(logits_RV)
-        temperature = step.params.temperature[step.params_index]
-        plain = (temperature == 0) & (step.want == SAMPLE) & (step.params.n_logprobs[step.params_index] < 0)
+        n = len(logits_RV)
+        index = step.params_index[:n]
+        plain = (step.params.temperature[index] == 0) & (step.want[:n] == SAMPLE) & (step.params.n_logprobs[index] < 0)
         on_device = plain.all() and (step.bitmask_index < 0).all() and not len(step.edit_token)
         if on_device and (greedy >= 0).all():
-            host = np.zeros((step.n_outputs, 0), np.float32)
+            host = np.zeros((n, 0), np.float32)
         else:
             host = logits_RV.float().cpu().numpy()
         noise, fast = (self._native.noise, self._native.choose) if self._native is not None else (None, None)
         return sample_rows(step, host, noise, greedy, fast)
+
+    @torch.inference_mode()
+    def _score(self, step: Step, result: StepResult) -> None:
+        """Outputs that are only scored, a few at a time: a prompt's logits may be larger than its keys and values."""
+        for at in range(_n_sampled(step), step.n_outputs, SCORED_AT_ONCE):
+            outputs = range(at, min(at + SCORED_AT_ONCE, step.n_outputs))
+            rows = torch.from_numpy(step.out_row[outputs.start : outputs.stop].astype(np.int64)).to(self._device)
+            logits_RV = self.forward.logits(self._hidden[rows]).float().cpu().numpy()
+            for r, logits_V in zip(outputs, logits_RV, strict=True):
+                look_up(step, result, r, logits_V)
 
     def _greedy(self, logits_RV: Tensor) -> NDArray[np.int64]:
         """(R,) best ids; -1 where a row has no finite value or a NaN."""

@@ -1,0 +1,88 @@
+"""Log-probabilities of a prompt's own tokens, for requests that want them.
+
+The row at position p scores the token at p + 1, so all of the prompt but its first token is scored, and all rows but
+the last do nothing else. They have to be computed: what such a request would find in the cache is left alone until its
+prompt has been scored once. A step's scores come after its samples, and are sent on before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import numpy as np
+
+from tenon.engine.assemble import Span
+from tenon.engine.messages import PromptScores
+from tenon.engine.sequence import State
+from tenon.engine.step import I32, SCORE, Params, Step, StepResult
+
+
+def positions(span: Span) -> range:
+    """The rows of ``span``, by position, whose next token is still to be scored."""
+    seq = span.seq
+    return range(max(span.start, seq.n_scored - 1), min(span.start + span.n, seq.n_prompt - 1))
+
+
+def with_scores(step: Step, spans: Sequence[Span]) -> Step:
+    """The step of ``spans`` with an output more for each row that scores."""
+    first, count, tokens, row, places = [], [], [], [], []
+    for i, span in enumerate(spans):
+        scored = positions(span)
+        if not span.seq.to_score or not scored:
+            continue
+        first.append(i)
+        count.append(len(scored))
+        row.append(int(step.q_start[i]) + np.arange(scored.start - span.start, scored.stop - span.start))
+        tokens.append(span.seq.tokens[scored.start + 1 : scored.stop + 1])
+        places.append(np.arange(scored.start + 1, scored.stop + 1) - span.seq.n_prompt)
+    if not first:
+        return step
+    seqs = [spans[i].seq for i in first]
+    R, S, n_params = sum(count), len(first), len(step.params.seed)
+    params = Params(
+        temperature=np.zeros(S, np.float32), top_k=np.zeros(S, np.int32), top_p=np.ones(S, np.float32),
+        min_p=np.zeros(S, np.float32), seed=np.zeros(S, np.uint64), sample=np.zeros(S, np.int32),
+        n_logprobs=np.array([seq.request.add.prompt_logprobs for seq in seqs], np.int32),
+    )  # fmt: skip
+    joined = {f.name: np.concatenate((getattr(step.params, f.name), getattr(params, f.name))) for f in fields(Params)}
+    return replace(
+        step,
+        out_row=_more(step.out_row, np.concatenate(row).astype(np.int32)),
+        out_seq=np.concatenate((step.out_seq, np.repeat(np.array([seq.id for seq in seqs], np.int64), count))),
+        out_position=_more(step.out_position, np.concatenate(places).astype(np.int32)),
+        want=np.concatenate((step.want, np.full(R, SCORE, np.uint8))),
+        params_index=_more(step.params_index, np.repeat(n_params + np.arange(S, dtype=np.int32), count)),
+        bitmask_index=_more(step.bitmask_index, np.full(R, -1, np.int32)),
+        params=Params(**joined),
+        edit_start=_more(step.edit_start, np.full(R, step.edit_start[-1], np.int32)),
+        score_start=_more(step.score_start, 1 + np.arange(R, dtype=np.int32)),
+        score_token=np.concatenate(tokens).astype(np.int32),
+    )
+
+
+def _more(one: I32, other: I32) -> I32:
+    return np.concatenate((one, other))
+
+
+def told(spans: Sequence[Span], result: StepResult) -> list[PromptScores]:
+    """What the step scored, of the sequences that are still there; they remember that it was."""
+    found: list[PromptScores] = []
+    at, r = 0, sum(len(span.targets) for span in spans)
+    for span in spans:
+        seq = span.seq
+        scored = positions(span)
+        if not seq.to_score or not scored:
+            continue
+        n, k = len(scored), max(0, seq.request.add.prompt_logprobs)
+        here, rows = slice(at, at + n), slice(r, r + n)
+        at, r = at + n, r + n
+        if seq.state is not State.RUNNING or seq.id in result.errors:
+            continue
+        seq.n_scored = scored.stop + 1
+        seq.to_score = seq.n_scored < seq.n_prompt
+        best = zip(result.top_ids[rows, :k].tolist(), result.top_logprobs[rows, :k].tolist(), strict=True)
+        top = tuple(tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in best)
+        name = seq.request.add.request_id
+        found.append(PromptScores(name, scored.start + 1, tuple(result.scores[here].tolist()), top))
+    return found
