@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -33,7 +34,7 @@ from tenon.server.responses import (
     stream_chunk,
 )
 from tenon.server.service import Job, Service
-from tenon.server.text import OutputText, Piece
+from tenon.server.text import Echo, IncrementalDecoder, OutputText, Piece
 
 COMPLETION_MAX_TOKENS: Final = 16
 """OpenAI's default for ``/v1/completions``; a chat answer may fill the context."""
@@ -50,25 +51,59 @@ class Answer:
     outputs: list[OutputText]
     n_prompt: int
     options: StreamOptions
+    echoes: Sequence[Echo] = ()
+    """Of prompts that are scored."""
+    decoder: Callable[[], IncrementalDecoder] | None = None
+    """One at the start of a text, for echoes."""
+    best: int = 0
+    """Of each prompt's outputs, how many are told, the likeliest; 0: all."""
+    echoes_only: bool = False
 
     def usage(self) -> Usage:
-        return Usage(self.n_prompt, sum(output.n_tokens for output in self.outputs), self.job.cached_tokens)
+        n_output = 0 if self.echoes_only else sum(output.n_tokens for output in self.outputs)
+        return Usage(self.n_prompt, n_output, self.job.cached_tokens)
+
+    @property
+    def _n(self) -> int:
+        """Outputs of each prompt."""
+        return len(self.outputs) // len(self.job.flights)
+
+    def _score(self, prompt: int) -> None:
+        """The prompt's scores are all there by the time of its first output."""
+        if self.echoes and self.decoder is not None:
+            self.echoes[prompt].score(self.job.scores(prompt), self.decoder())
 
     async def whole(self) -> Json:
         """The answer in one piece. Raises what the request failed with."""
         collected = [Collected() for _ in self.outputs]
         async for choice, piece in self._pieces():
             collected[choice].add(piece)
-        choices = [self.face.choice(i, each) for i, each in enumerate(collected)]
+        for prompt in range(len(self.echoes)):
+            self._score(prompt)
+        choices = [self.face.choice(i, each) for i, each in enumerate(self._chosen(collected))]
         return self.face.wrap(choices, chunk=False) | {"usage": self.usage().to_json()}
+
+    def _chosen(self, collected: list[Collected]) -> list[Collected]:
+        if not self.best:
+            return collected
+        groups = [collected[at : at + self._n] for at in range(0, len(collected), self._n)]
+        ranked = [sorted(group, key=Collected.mean_logprob, reverse=True) for group in groups]
+        return [one for group in ranked for one in group[: self.best]]
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events; one terminal: ``[DONE]`` or an error event."""
         usage = self._chunk_usage if self.options.include_usage or self.options.continuous_usage_stats else None
-        openings = [self.face.opening(choice) for choice in range(len(self.outputs))]
+        closed = set(range(len(self.outputs))) if self.echoes else set()
+        """Choices whose opening waits until their prompt has been scored."""
+        openings = [self.face.opening(choice) for choice in range(len(self.outputs)) if choice not in closed]
         yield b"".join(stream_chunk(self.face, opening, usage) for opening in openings if opening is not None)
         try:
             async for choice, piece in self._pieces():
+                if choice in closed:
+                    closed.remove(choice)
+                    self._score(choice // self._n)
+                    if opening := self.face.opening(choice):
+                        yield stream_chunk(self.face, opening, usage)
                 if piece.text or piece.logprobs:
                     yield stream_chunk(self.face, self.face.content(choice, piece), usage)
                 if piece.finish_reason is not None:
@@ -92,6 +127,8 @@ class Answer:
                 piece = output.push(delta)
                 if output.finished:
                     self.job.close_choice(choice)
+                if self.echoes_only:
+                    piece = Piece("", (), "length" if output.finished else None)
                 yield choice, piece
 
 
@@ -106,12 +143,9 @@ class Completions:
         """``/v1/completions`` up to the engine's acceptance. Raises ``RequestError``."""
         text = self._require_model(request)
         params = self._params(request, text)
-        if request.echo and request.logprobs is not None:
-            raise RequestError(
-                "echo with logprobs is not supported by this server yet", param="echo", code="unsupported"
-            )
         prompts = [await _ids(text, p, special=True) if isinstance(p, str) else p for p in request.prompts]
-        echo = [p if isinstance(p, str) else text.decode(p) for p in request.prompts] if request.echo else []
+        shown = [p if isinstance(p, str) else text.decode(p) for p in request.prompts] if request.echo else []
+        echo = [Echo(said, ids) for said, ids in zip(shown, prompts, strict=bool(shown))]
         max_tokens = params.max_tokens or text.generation.max_new_tokens or COMPLETION_MAX_TOKENS
         bad_words = text.spellings(params.bad_words)
         try:
@@ -125,9 +159,17 @@ class Completions:
         if request.seed is None:
             adds = [add if i == 0 else msgspec.structs.replace(add, seed=_draw_seed()) for i, add in enumerate(adds)]
         face = CompletionFace(
-            self._head("cmpl", request_id), text, logprobs=request.logprobs is not None, n=params.n, echo=echo
+            self._head("cmpl", request_id), text, logprobs=request.logprobs is not None,
+            n=(request.n or 1) if request.best_of else params.n, echo=echo,
+        )  # fmt: skip
+        answer = await self._submit(adds, params, text, face, request.stream_options)
+        return replace(
+            answer,
+            echoes=echo if params.prompt_logprobs is not None else (),
+            decoder=partial(text.detokenizer, ()),
+            best=(request.n or 1) if request.best_of else 0,
+            echoes_only=request.echoes_only,
         )
-        return await self._submit(adds, params, text, face, request.stream_options)
 
     async def chat(self, request: ChatRequest, request_id: str, arrival_s: float) -> Answer:
         """``/v1/chat/completions`` up to the engine's acceptance. Raises ``RequestError``."""
@@ -196,7 +238,8 @@ class Completions:
         face: Face,
         options: StreamOptions | None,
     ) -> Answer:
-        check_work(len(adds), params, max(add.max_tokens for add in adds), self._service.limits)
+        n_scored = sum(len(add.prompt) for add in adds if add.prompt_logprobs >= 0)
+        check_work(len(adds), params, max(add.max_tokens for add in adds), n_scored, self._service.limits)
         job = self._service.submit(adds)
         try:
             await job.accepted()

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 
 from tenon.base.errors import RequestError
-from tenon.engine.params import SamplingParams
+from tenon.engine.params import MAX_N, SamplingParams
 from tenon.server.limits import Limits
 
 NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
@@ -23,7 +23,6 @@ NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
     "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "best_of": (None, 1),
     "suffix": (None, ""),
     "audio": (None,),
     "modalities": (None, ["text"]),
@@ -103,6 +102,12 @@ class CompletionRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fiel
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
     logprobs: int | None = None
+    best_of: int | None = None
+
+    @property
+    def echoes_only(self) -> bool:
+        """Nothing is to be generated: the prompt is shown, perhaps with its log-probabilities."""
+        return bool(self.echo) and self.max_tokens == 0
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -163,7 +168,19 @@ def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
     prompt = raw.get("prompt")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) and len(prompt) > limits.max_prompts:
         raise _too_many("prompt", len(prompt), limits.max_prompts)
-    return _convert(raw, CompletionRequest)
+    request = _convert(raw, CompletionRequest)
+    if request.best_of is not None:
+        _check_best_of(request, request.best_of)
+    return request
+
+
+def _check_best_of(request: CompletionRequest, best_of: int) -> None:
+    if not (request.n or 1) <= best_of <= MAX_N:
+        said = f"best_of must be from n, which is {request.n or 1}, to {MAX_N}, got {best_of}"
+        raise RequestError(said, param="best_of", code="invalid_value")
+    if request.stream and best_of > (request.n or 1):
+        said = "best_of above n cannot be streamed: which outputs are the best is known at their end"
+        raise RequestError(said, param="best_of", code="invalid_value")
 
 
 def parse_chat(body: bytes, limits: Limits) -> ChatRequest:
@@ -205,6 +222,8 @@ def sampling_params(
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
     else:
         name, max_tokens, logprobs = "max_tokens", request.max_tokens, request.logprobs
+        if request.echoes_only:
+            max_tokens = 1
     wishes: dict[str, Any] = dict(defaults)
     for field in WISHES:
         value = getattr(request, field)
@@ -212,6 +231,12 @@ def sampling_params(
             wishes[field] = value
     if request.logit_bias is not None:
         wishes["logit_bias"] = _biases(request.logit_bias)
+    if isinstance(request, CompletionRequest):
+        if request.echo and logprobs is not None:
+            wishes["prompt_logprobs"] = logprobs
+        if request.best_of is not None:
+            wishes["n"] = request.best_of
+            logprobs = logprobs or 0
     wishes.update(max_tokens=max_tokens, logprobs=logprobs, seed=seed if request.seed is None else request.seed)
     try:
         return SamplingParams(**wishes)
@@ -232,8 +257,9 @@ def _biases(given: dict[str, float]) -> dict[int, float]:
     return {int(key): value for key, value in given.items()}
 
 
-def check_work(n_prompts: int, params: SamplingParams, max_tokens: int, limits: Limits) -> None:
-    """Each factor may be fine and the product not. Raises ``RequestError``."""
+def check_work(n_prompts: int, params: SamplingParams, max_tokens: int, n_scored: int, limits: Limits) -> None:
+    """Each factor may be fine and the product not. ``n_scored``: tokens of prompts whose log-probabilities are wanted.
+    Raises ``RequestError``."""
     n_sequences = n_prompts * params.n
     if n_sequences > limits.max_sequences:
         raise RequestError(
@@ -246,6 +272,13 @@ def check_work(n_prompts: int, params: SamplingParams, max_tokens: int, limits: 
         raise RequestError(
             f"prompts x n x max_tokens x (1 + logprobs) is {work}; the limit is {limits.max_work}",
             param="max_tokens",
+            code="too_much_work",
+        )
+    scores = n_scored * (1 + (params.prompt_logprobs or 0))
+    if scores > limits.max_work:
+        raise RequestError(
+            f"tokens of prompts x (1 + logprobs) is {scores}; the limit is {limits.max_work}",
+            param="logprobs",
             code="too_much_work",
         )
 

@@ -7,13 +7,14 @@ of a stream: an opening chunk per choice (chat: its role), contents, a chunk wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import msgspec
 
-from tenon.server.text import Piece, TokenLogprob
+from tenon.server.text import Echo, Piece, TokenLogprob
 
 Json = dict[str, Any]
 DONE: Final = b"data: [DONE]\n\n"
@@ -49,6 +50,11 @@ class Collected:
         self.text.append(piece.text)
         self.logprobs.extend(piece.logprobs)
         self.finish_reason = piece.finish_reason or self.finish_reason
+
+    def mean_logprob(self) -> float:
+        """Per token; of nothing, what is less than any."""
+        known = [entry.logprob for entry in self.logprobs if entry.logprob is not None]
+        return sum(known) / len(known) if known else -math.inf
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ class ChatFace:
             "refusal": None,
         }
 
-    def _token(self, token: int, logprob: float) -> Json:
+    def _token(self, token: int, logprob: float | None) -> Json:
         return {
             "token": self._texts.token_text(token),
             "logprob": logprob,
@@ -141,14 +147,14 @@ class ChatFace:
 
 
 class CompletionFace:
-    """``text_completion``, whole and in chunks. ``echo``: per prompt, the text that comes before its outputs."""
+    """``text_completion``, whole and in chunks. ``echo``: per prompt, what comes before its ``n`` outputs."""
 
-    def __init__(self, head: Head, texts: TokenTexts, *, logprobs: bool, n: int, echo: Sequence[str] = ()) -> None:
+    def __init__(self, head: Head, texts: TokenTexts, *, logprobs: bool, n: int, echo: Sequence[Echo] = ()) -> None:
         self._head, self._texts, self._logprobs, self._n, self._echo = head, texts, logprobs, n, echo
 
     def opening(self, choice: int) -> Json | None:
         echo = self._echoed(choice)
-        return self._choice(choice, echo, (), None) if echo else None
+        return self._choice(choice, echo.text, echo.logprobs, None) if echo is not None else None
 
     def content(self, choice: int, piece: Piece) -> Json:
         return self._choice(choice, piece.text, piece.logprobs, None)
@@ -157,14 +163,16 @@ class CompletionFace:
         return self._choice(choice, "", (), reason)
 
     def choice(self, choice: int, collected: Collected) -> Json:
-        text = self._echoed(choice) + "".join(collected.text)
-        return self._choice(choice, text, collected.logprobs, collected.finish_reason, whole=True)
+        text, logprobs, echo = "".join(collected.text), collected.logprobs, self._echoed(choice)
+        if echo is not None:
+            text, logprobs = echo.text + text, [*echo.logprobs, *logprobs]
+        return self._choice(choice, text, logprobs, collected.finish_reason, whole=True)
 
     def wrap(self, choices: list[Json], *, chunk: bool) -> Json:
         return _wrap(self._head, "text_completion", choices)
 
-    def _echoed(self, choice: int) -> str:
-        return self._echo[choice // self._n] if self._echo else ""
+    def _echoed(self, choice: int) -> Echo | None:
+        return self._echo[choice // self._n] if self._echo else None
 
     def _choice(
         self, choice: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None, *, whole: bool = False
@@ -179,11 +187,17 @@ class CompletionFace:
 
     def _logprobs_json(self, choice: int, logprobs: Sequence[TokenLogprob]) -> Json:
         name = self._texts.token_text
-        start = len(self._echoed(choice))
+        echo = self._echoed(choice)
+        start = 0 if echo is None else len(echo.text)
         return {
             "tokens": [name(entry.id) for entry in logprobs],
             "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [{name(i): lp for i, lp in (*entry.top, (entry.id, entry.logprob))} for entry in logprobs],
+            "top_logprobs": [
+                None
+                if entry.logprob is None
+                else {name(i): logprob for i, logprob in (*entry.top, (entry.id, entry.logprob))}
+                for entry in logprobs
+            ],
             "text_offset": [start + entry.offset for entry in logprobs],
         }
 

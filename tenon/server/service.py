@@ -51,6 +51,8 @@ class _Flight:
     n_output: int = 0
     first_s: float | None = None
     reasons: set[str] = field(default_factory=set)
+    scores: list[m.PromptScores] = field(default_factory=list)
+    """Of its prompt, where they are wanted: all of them before its first output."""
     cache: dict[str, Any] | None = None
     """What the cache had for its prompt; None until the engine takes it up."""
 
@@ -89,6 +91,10 @@ class Job:
             raise self._failure
         batch, self._queue, self._n_queued = self._queue, [], 0
         return batch
+
+    def scores(self, prompt: int) -> list[m.PromptScores]:
+        """Of that prompt, as far as they have come."""
+        return self.flights[prompt].scores
 
     def close_choice(self, choice: int) -> None:
         """A stop string ended this choice: its tokens are wanted no more."""
@@ -187,6 +193,9 @@ class Service:
             case m.Misses():
                 if flight := self._flights.get(message.request_id):
                     flight.cache = _cache_json(message)
+            case m.PromptScores():
+                if flight := self._flights.get(message.request_id):
+                    flight.scores.append(message)
             case m.Outputs():
                 for delta in message.deltas:
                     if flight := self._flights.get(delta.request_id):

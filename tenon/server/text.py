@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
-from tenon.engine.messages import Delta
+from tenon.engine.messages import Delta, PromptScores
+
+LEAST_LOGPROB: Final = -9999.0
+"""Of a token that cannot come: JSON has no infinities."""
 
 
 class IncrementalDecoder(Protocol):
@@ -68,13 +71,13 @@ class StopScanner:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One generated token: its text, its log-probability, and the best alternatives as (id, log-probability)."""
+    """One token: its log-probability, none for a prompt's first, and the best alternatives as (id, log-probability)."""
 
     id: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]
     offset: int
-    """Characters of the output before this token's text."""
+    """Characters of the output before this token's text; negative in the prompt, from its end."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,29 @@ class Piece:
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
+
+
+class Echo:
+    """A prompt that is shown before what follows it, and its tokens' log-probabilities where they are wanted."""
+
+    def __init__(self, text: str, ids: Sequence[int]) -> None:
+        self.text, self._ids = text, ids
+        self.logprobs: tuple[TokenLogprob, ...] = ()
+
+    def score(self, batches: Sequence[PromptScores], decoder: IncrementalDecoder) -> None:
+        """``batches`` are all there are of the prompt, in order; ``decoder`` one at the start of a text."""
+        scores: list[float | None] = [None, *(x for batch in batches for x in batch.logprobs)]
+        tops = [(), *(top for batch in batches for top in batch.top)]
+        offset, found = -len(self.text), []
+        for token, logprob, top in zip(self._ids, scores, tops, strict=True):
+            found.append(_token_logprob(token, logprob, top, min(offset, 0)))
+            offset += len(decoder.push([token]))
+        self.logprobs = tuple(found)
+
+
+def _token_logprob(token: int, logprob: float | None, top: Sequence[tuple[int, float]], offset: int) -> TokenLogprob:
+    finite = tuple((other, max(x, LEAST_LOGPROB)) for other, x in top)
+    return TokenLogprob(token, None if logprob is None else max(logprob, LEAST_LOGPROB), finite, offset)
 
 
 class OutputText:
@@ -114,7 +140,7 @@ class OutputText:
             self._decoded += len(new)
             if delta.logprobs:
                 top = delta.top[i] if delta.top else ()
-                self._pending.append((self._decoded, TokenLogprob(token, delta.logprobs[i], top, start)))
+                self._pending.append((self._decoded, _token_logprob(token, delta.logprobs[i], top, start)))
             text += self._scanner.push(new) if self.n_tokens > self._min_tokens else new
             if self._scanner.found is not None:
                 return self._end(text, "stop", cut=True)

@@ -244,3 +244,59 @@ def test_biases_bans_and_least_lengths_reach_the_engine(server: Running) -> None
         text, n_tokens = answer(**stop, min_tokens=50)
         assert n_tokens >= 50
         assert text.startswith(before)
+
+
+def test_echo_with_logprobs_reads_as_lm_evaluation_harness_reads_it(server: Running) -> None:
+    """Arrays cover the prompt and one token more; what a token costs does not depend on what comes after it."""
+    context, continuation = [7, 8, 9] * 12, [10, 70, 3]
+    body = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True, "seed": 1234, "ignore_eos": True}
+    answer = server.complete(prompt=[context + continuation, context], **body)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    long, short = (choice["logprobs"] for choice in answer["choices"])
+    assert len(long["token_logprobs"]) == len(context) + len(continuation) + 1 == len(long["top_logprobs"])
+    assert long["token_logprobs"][0] is None is long["top_logprobs"][0]
+    n = len(context)
+    assert long["token_logprobs"][1:n] == short["token_logprobs"][1:n]
+    for token, logprob, top in zip(
+        long["tokens"][1:], long["token_logprobs"][1:], long["top_logprobs"][1:], strict=True
+    ):
+        assert top[token] == logprob
+        assert max(top.values()) >= logprob
+    best = max(short["top_logprobs"][-1], key=short["top_logprobs"][-1].get)
+    assert short["tokens"][-1] == best  # greedy
+    assert long["text_offset"][:n] == list(range(n))
+    again = server.complete(prompt=[context], **body)["choices"][0]["logprobs"]
+    assert again == short
+    alone = server.complete(prompt=[context], **body | {"max_tokens": 0})
+    assert alone["choices"][0]["logprobs"]["token_logprobs"] == short["token_logprobs"][:-1]
+    assert alone["choices"][0]["finish_reason"] == "length"
+    assert alone["usage"]["completion_tokens"] == 0
+
+
+def test_echo_with_logprobs_streams_the_prompt_first(server: Running) -> None:
+    whole = server.complete(prompt=["one", "two"], n=2, max_tokens=3, seed=1, logprobs=2, echo=True, ignore_eos=True)
+    stream = server.stream(prompt=["one", "two"], n=2, max_tokens=3, seed=1, logprobs=2, echo=True)
+    parts: dict[int, list[Any]] = {}
+    for event in stream.events():
+        if isinstance(event, dict):
+            parts.setdefault(event["choices"][0]["index"], []).append(event["choices"][0])
+    stream.close()
+    for choice in whole["choices"]:
+        mine = parts[choice["index"]]
+        assert "".join(part["text"] for part in mine) == choice["text"]
+        told = [x for part in mine if part["logprobs"] for x in part["logprobs"]["token_logprobs"]]
+        assert told == choice["logprobs"]["token_logprobs"]
+        offsets = [x for part in mine if part["logprobs"] for x in part["logprobs"]["text_offset"]]
+        assert offsets == choice["logprobs"]["text_offset"]
+    assert [choice["text"][:3] for choice in whole["choices"]] == ["one", "one", "two", "two"]
+
+
+def test_best_of_keeps_the_likeliest(server: Running) -> None:
+    wishes = {"max_tokens": 8, "seed": 3, "ignore_eos": True, "prompt": ["a", "b"]}
+    many = server.complete(n=6, logprobs=0, **wishes)["choices"]
+    best = server.complete(n=2, best_of=6, **wishes)["choices"]
+    for at in (0, 6):
+        ranked = sorted(many[at : at + 6], key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
+        assert [choice["text"] for choice in best[at // 3 : at // 3 + 2]] == [choice["text"] for choice in ranked[:2]]
+    assert [choice["index"] for choice in best] == [0, 1, 2, 3]
+    assert best[0]["logprobs"] is None
