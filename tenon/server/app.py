@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tenon.base.errors import TenonError
+from tenon.server import tokens
 from tenon.server.completions import Answer, Completions
 from tenon.server.events import EXTRAS
 from tenon.server.failures import Refusal, body_of, headers_of, status_of
@@ -138,13 +139,23 @@ class Routes:
             answer.job.abort()
             raise
 
+    async def tokenize(self, request: Request) -> Response:
+        body = tokens.parse_tokenize(await self._body(request), self._limits)
+        text, ready = self._completions.tokenizer(body.model), self._service.ready
+        return Json(await tokens.tokenize(text, body, ready.max_model_len if ready is not None else None))
+
+    async def detokenize(self, request: Request) -> Response:
+        body = tokens.parse_detokenize(await self._body(request))
+        return Json(await tokens.detokenize(self._completions.tokenizer(body.model), body))
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        return Json(tokens.tokenizer_info(self._completions.tokenizer(None)))
+
     async def models(self, request: Request) -> Response:
         return Json({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name != self._service.model:
-            raise Refusal(f"the model {name!r} does not exist here", status=404, code="model_not_found", param="model")
+        self._service.require_model(request.path_params["name"])
         return Json(self._model())
 
     def _model(self) -> dict[str, Any]:
@@ -296,6 +307,9 @@ def build_app(service: Service, completions: Completions, *, loopback_only: bool
             Route("/v1/models/{name:path}", routes.model, methods=get),
             Route("/v1/completions", routes.completions, methods=post),
             Route("/v1/chat/completions", routes.chat, methods=post),
+            Route("/tokenize", routes.tokenize, methods=post),
+            Route("/detokenize", routes.detokenize, methods=post),
+            Route("/tokenizer_info", routes.tokenizer_info, methods=get),
             Route("/livez", routes.livez, methods=get),
             Route("/health", routes.livez, methods=get),
             Route("/readyz", routes.readyz, methods=get),

@@ -35,11 +35,10 @@ from tenon.server.responses import (
 )
 from tenon.server.service import Job, Service
 from tenon.server.text import Echo, IncrementalDecoder, OutputText, Piece
+from tenon.server.tokens import ids_of
 
 COMPLETION_MAX_TOKENS: Final = 16
 """OpenAI's default for ``/v1/completions``; a chat answer may fill the context."""
-INLINE_CHARS: Final = 4096
-"""Texts up to this size are tokenised on the event loop; longer ones in a thread."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class Completions:
         """``/v1/completions`` up to the engine's acceptance. Raises ``RequestError``."""
         text = self._require_model(request)
         params = self._params(request, text)
-        prompts = [await _ids(text, p, special=True) if isinstance(p, str) else p for p in request.prompts]
+        prompts = [await ids_of(text, p, special=True) if isinstance(p, str) else p for p in request.prompts]
         shown = [p if isinstance(p, str) else text.decode(p) for p in request.prompts] if request.echo else []
         echo = [Echo(said, ids) for said, ids in zip(shown, prompts, strict=bool(shown))]
         max_tokens = params.max_tokens or text.generation.max_new_tokens or COMPLETION_MAX_TOKENS
@@ -176,7 +175,7 @@ class Completions:
         text = self._require_model(request)
         params = self._params(request, text)
         rendered = await text.render([message.flat(i) for i, message in enumerate(request.messages)])
-        prompt = await _ids(text, rendered, special=False)
+        prompt = await ids_of(text, rendered, special=False)
         room = self._service.require_ready().max_model_len - len(prompt)
         max_tokens = params.max_tokens or max(1, min(text.generation.max_new_tokens or room, room))
         face = ChatFace(self._head("chatcmpl", request_id), text, logprobs=bool(request.logprobs))
@@ -184,14 +183,15 @@ class Completions:
         add = self._add(prompt, params, max_tokens, text, bad_words, f"{request_id}/0", arrival_s)
         return await self._submit([add], params, text, face, request.stream_options)
 
+    def tokenizer(self, model: str | None) -> ModelText:
+        """For those who only count. Raises ``Refusal``: another model, or not loaded yet."""
+        self._service.require_model(self._service.model if model is None else model)
+        if self.model_text is None:
+            raise Refusal("the tokenizer is not loaded yet", status=503, code="model_loading", retry_after_s=1.0)
+        return self.model_text
+
     def _require_model(self, request: CompletionRequest | ChatRequest) -> ModelText:
-        if request.model != self._service.model:
-            raise Refusal(
-                f"the model {request.model!r} does not exist here; this server serves {self._service.model!r}",
-                status=404,
-                code="model_not_found",
-                param="model",
-            )
+        self._service.require_model(request.model)
         self._service.require_ready()
         if self.model_text is None:
             raise IntegrityError("the server is ready and has no tokenizer")
@@ -255,12 +255,6 @@ class Completions:
 
     def _head(self, kind: str, request_id: str) -> Head:
         return Head(f"{kind}-{request_id}", int(self._service.clock.wall_s()), self._service.model)
-
-
-async def _ids(text: ModelText, prompt: str, *, special: bool) -> list[int]:
-    if len(prompt) <= INLINE_CHARS:
-        return text.encode(prompt, special=special)
-    return await asyncio.to_thread(text.encode, prompt, special=special)
 
 
 def _stop_ids(params: SamplingParams, text: ModelText) -> tuple[int, ...]:

@@ -51,9 +51,9 @@ class ModelText:
         """The token's exact bytes."""
         return self.tokenizer.token_bytes(token)
 
-    async def render(self, messages: Sequence[dict[str, str]]) -> str:
+    async def render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The chat as one text that ends where the answer begins. Raises ``RequestError``."""
-        return await self.renderer.render_async(messages)
+        return await self.renderer.render_async(messages, add_generation_prompt=add_generation_prompt)
 
     def close(self) -> None:
         """End the processes that render."""

@@ -164,11 +164,11 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
     """Raises ``RequestError`` naming the field."""
-    raw = _object(body)
+    raw = _without_not_yet(json_object(body), NOT_YET, "")
     prompt = raw.get("prompt")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) and len(prompt) > limits.max_prompts:
         raise _too_many("prompt", len(prompt), limits.max_prompts)
-    request = _convert(raw, CompletionRequest)
+    request = convert(raw, CompletionRequest)
     if request.best_of is not None:
         _check_best_of(request, request.best_of)
     return request
@@ -185,18 +185,9 @@ def _check_best_of(request: CompletionRequest, best_of: int) -> None:
 
 def parse_chat(body: bytes, limits: Limits) -> ChatRequest:
     """Raises ``RequestError`` naming the field."""
-    raw = _object(body)
-    messages = raw.get("messages")
-    if isinstance(messages, list):
-        if len(messages) > limits.max_messages:
-            raise _too_many("messages", len(messages), limits.max_messages)
-        if not messages:
-            raise RequestError("messages must hold at least one message", param="messages", code="invalid_value")
-        raw["messages"] = [
-            _without_not_yet(m, _MESSAGE_NOT_YET, f"messages[{i}].") if isinstance(m, dict) else m
-            for i, m in enumerate(messages)
-        ]
-    request = _convert(raw, ChatRequest)
+    raw = _without_not_yet(json_object(body), NOT_YET, "")
+    check_messages(raw, limits)
+    request = convert(raw, ChatRequest)
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         if request.max_tokens != request.max_completion_tokens:
             raise RequestError(
@@ -207,6 +198,20 @@ def parse_chat(body: bytes, limits: Limits) -> ChatRequest:
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
     return request
+
+
+def check_messages(raw: dict[str, Any], limits: Limits) -> None:
+    """Count a body's messages, and drop from them what asks for nothing. Raises ``RequestError``."""
+    messages = raw.get("messages")
+    if isinstance(messages, list):
+        if len(messages) > limits.max_messages:
+            raise _too_many("messages", len(messages), limits.max_messages)
+        if not messages:
+            raise RequestError("messages must hold at least one message", param="messages", code="invalid_value")
+        raw["messages"] = [
+            _without_not_yet(m, _MESSAGE_NOT_YET, f"messages[{i}].") if isinstance(m, dict) else m
+            for i, m in enumerate(messages)
+        ]
 
 
 def sampling_params(
@@ -283,14 +288,15 @@ def check_work(n_prompts: int, params: SamplingParams, max_tokens: int, n_scored
         )
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def json_object(body: bytes) -> dict[str, Any]:
+    """Raises ``RequestError`` for a body that is none."""
     try:
         raw = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
-    return _without_not_yet(raw, NOT_YET, "")
+    return raw
 
 
 def _without_not_yet(raw: dict[str, Any], table: dict[str, tuple[Any, ...]], prefix: str) -> dict[str, Any]:
@@ -309,14 +315,15 @@ def _same(value: Any, neutral: Any) -> bool:
     return value is neutral or (value == neutral and not isinstance(value, bool))
 
 
-_Request = TypeVar("_Request", CompletionRequest, ChatRequest)
+_Request = TypeVar("_Request", bound=msgspec.Struct)
 
 _PATH = re.compile(r" - at `\$\.?([^`]*)`")
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
 _MISSING = re.compile(r"Object missing required field `([^`]*)`")
 
 
-def _convert(raw: dict[str, Any], kind: type[_Request]) -> _Request:
+def convert(raw: dict[str, Any], kind: type[_Request]) -> _Request:
+    """``raw`` as a ``kind``. Raises ``RequestError`` naming the field."""
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:

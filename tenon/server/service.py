@@ -262,6 +262,12 @@ class Service:
             self._tell(add)
         return job
 
+    def require_model(self, name: str) -> None:
+        """Raises ``Refusal`` (404) for another model than the one that is served."""
+        if name != self.model:
+            said = f"the model {name!r} does not exist here; this server serves {self.model!r}"
+            raise Refusal(said, status=404, code="model_not_found", param="model")
+
     def require_ready(self) -> m.Ready:
         """Raises ``Refusal`` (503) naming why not."""
         if self.ready is None or self.state is not State.READY:
