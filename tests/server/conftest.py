@@ -161,8 +161,13 @@ def start(model: Path, *options: str, wait_ready: bool = True, limits: dict[str,
         command += ["--served-name", "tiny", *options]
     else:
         command = ["-c", WITH_LIMITS, json.dumps({"model": str(model), "port": port, "limits": limits})]
+    return launch(command, port, "tiny", wait_ready=wait_ready)
+
+
+def launch(command: list[str], port: int, model: str, *, wait_ready: bool = True) -> Running:
+    """Python with these words, which are to serve ``model`` at ``port``."""
     process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
-    running = Running(process, f"http://127.0.0.1:{port}", "tiny")
+    running = Running(process, f"http://127.0.0.1:{port}", model)
     try:
         if wait_ready:
             wait_for(lambda: _is_ready(running))
