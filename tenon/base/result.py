@@ -11,6 +11,7 @@ Metric names carry their unit (``seconds``, ``tokens_per_s``).
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NoReturn
@@ -74,7 +75,7 @@ class ContenderEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, Any]
 
 
-class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """All of one run of one bench. ``counts`` is false when the same code, run against itself, differed too much."""
 
     version: int
@@ -96,11 +97,14 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def find(self, cell: str, contender: str, metric: str) -> Series:
         """The series so named. Raises ``ConfigError`` listing what there is."""
-        for one in self.series:
-            if (one.cell, one.contender, one.metric) == (cell, contender, metric):
-                return one
+        if found := self._by_name.get((cell, contender, metric)):
+            return found
         there = ", ".join(sorted({f"{s.cell}/{s.contender}/{s.metric}" for s in self.series})) or "nothing"
         raise ConfigError(f"result {self.name} has no {cell}/{contender}/{metric}; it has {there}", subject=self.name)
+
+    @cached_property
+    def _by_name(self) -> dict[tuple[str, str, str], Series]:
+        return {(one.cell, one.contender, one.metric): one for one in self.series}
 
     def median(self, cell: str, contender: str, metric: str) -> float:
         return self.find(cell, contender, metric).median
