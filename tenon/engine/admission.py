@@ -19,7 +19,13 @@ def check(add: Add, vocab_size: int, max_model_len: int, max_sequences: int) -> 
     if add.min_tokens > add.max_tokens:
         message = f"min_tokens must be at most max_tokens, got {add.min_tokens} and {add.max_tokens}"
         raise RequestError(message, param="min_tokens", code="invalid_value")
+    if (add.outputs or add.index) and add.n > 1:
+        raise RequestError("a sequence goes on alone: n must be 1 with outputs or an index", param="n")
+    if len(add.outputs) >= add.max_tokens:
+        message = f"max_tokens must exceed what was generated already, got {add.max_tokens} and {len(add.outputs)}"
+        raise RequestError(message, param="max_tokens")
     _require_known("prompt", add.prompt, vocab_size)
+    _require_known("outputs", add.outputs, vocab_size)
     _require_known("logit_bias", (token for token, _ in add.logit_bias), vocab_size)
     for word in add.bad_words:
         if not word:

@@ -21,7 +21,10 @@ _HEADER = struct.Struct("<I")
 class Add(msgspec.Struct, frozen=True, tag="add"):
     """Serve this request. ``seed`` is always set: the HTTP process draws one where the caller did not.
 
-    ``arrival_s`` is the sender's monotonic clock (one machine, one clock).
+    ``arrival_s`` is the sender's monotonic clock (one machine, one clock). A request that an engine was at when it died
+    is sent to the next one with ``again``, for which no queue is too long, and each of its sequences that had begun as
+    one of its own: ``index`` is its number among its siblings, ``outputs`` the tokens that were sent on already. Noise
+    depends on both, so it goes on as if nothing had happened.
     """
 
     request_id: str
@@ -48,6 +51,9 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     tenant: str = ""
     slo_class: str = ""
     arrival_s: float = 0.0
+    index: int = 0
+    outputs: tuple[int, ...] = ()
+    again: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -93,14 +93,14 @@ class Scheduler:
         if add.request_id in self.requests:
             raise RequestError(f"request id {add.request_id!r} is being served already", param="request_id")
         check(add, self.vocab_size, self.max_model_len, self.config.max_sequences)
-        if len(self.waiting) >= self.config.max_waiting:
+        if len(self.waiting) >= self.config.max_waiting and not add.again:
             message = f"{len(self.waiting)} requests are waiting already, which is the limit"
             raise Overloaded(message, retry_after_s=1.0)
         root = root_digest(self._secret, self.model, str(self.weights_version), add.tenant)
         stop_ids = frozenset(add.stop_ids) | (frozenset() if add.ignore_eos else self.eos_ids)
         request = Request(add, self._order, self._secret, root, stop_ids)
         self._order += 1
-        for index in range(add.n):
+        for index in range(add.index, add.index + add.n):
             request.seqs.append(Seq(self._next_seq, request, index, len(self.pools), self.config.block_tokens))
             self._next_seq += 1
         self.requests[add.request_id] = request
@@ -115,9 +115,9 @@ class Scheduler:
         prompt that it shares with its siblings is computed.
         """
         request = self.requests.get(request_id)
-        if request is None or index >= len(request.seqs):
+        dropped = [seq for seq in request.seqs if index in (-1, seq.index)] if request is not None else []
+        if request is None or not dropped:
             return False
-        dropped = request.seqs if index < 0 else [request.seqs[index]]
         if index >= 0 and not request.forked and request.add.n > 1:
             return False
         for seq in dropped:

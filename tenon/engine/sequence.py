@@ -37,8 +37,9 @@ class Seq:
         self.request = request
         self.index = index
         self.tokens: I32 = np.empty(room, np.int32)
-        self.n_prompt = self.n_tokens = len(request.add.prompt)
-        self.tokens[: self.n_prompt] = request.add.prompt
+        self.n_prompt = len(request.add.prompt)
+        self.n_tokens = self.n_prompt + len(request.add.outputs)
+        self.tokens[: self.n_tokens] = request.add.prompt + request.add.outputs
         self.n_computed = 0
         self.ahead: list[tuple[int, int]] = []
         """Runs of positions [start, end) beyond ``n_computed`` that are resident already, in order."""
