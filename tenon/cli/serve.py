@@ -13,6 +13,7 @@ from tenon.engine.config import EngineConfig
 from tenon.engine.messages import Ready
 from tenon.engine.policies.chunk import CHUNKS
 from tenon.engine.policies.table import POLICIES
+from tenon.server.limits import Limits
 from tenon.server.run import ServeConfig, serve
 
 
@@ -31,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument(
         "--drain-s", type=float, default=server.drain_s,
         help="seconds that requests in flight get to finish at the end (default: %(default)s)",
+    )  # fmt: skip
+    http.add_argument(
+        "--replays", type=int, default=server.limits.replays,
+        help="engines that may die under a request before it is given up (default: %(default)s)",
     )  # fmt: skip
     http.add_argument("--record", type=Path, metavar="DIR", help="also write events to DIR/<run>/events.jsonl")
     group = parser.add_argument_group("engine")
@@ -84,6 +89,7 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
         served_name=args.served_name,
         drain_s=args.drain_s,
         record_folder=args.record,
+        limits=Limits(replays=args.replays),
     )
 
 

@@ -19,6 +19,7 @@ from tenon.base.errors import ContextTooLong, IntegrityError, RequestError, Teno
 from tenon.engine.messages import Add
 from tenon.engine.params import SamplingParams
 from tenon.server.failures import Refusal, body_of
+from tenon.server.flights import Job
 from tenon.server.model_text import ModelText
 from tenon.server.protocol import ChatRequest, CompletionRequest, StreamOptions, check_work, sampling_params
 from tenon.server.responses import (
@@ -33,7 +34,7 @@ from tenon.server.responses import (
     sse,
     stream_chunk,
 )
-from tenon.server.service import Job, Service
+from tenon.server.service import Service
 from tenon.server.text import Echo, IncrementalDecoder, OutputText, Piece
 from tenon.server.tokens import ids_of
 

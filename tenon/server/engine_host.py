@@ -25,6 +25,7 @@ from tenon.base.errors import ConfigError, Overloaded, RequestError, TenonError
 from tenon.engine import messages as m
 from tenon.engine.config import EngineConfig
 from tenon.server.peer import require_same_user
+from tenon.server.pulse import Pulse
 
 if TYPE_CHECKING:
     from tenon.engine.engine import Engine
@@ -184,9 +185,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--socket", required=True, help="path of the server's Unix socket")
     parser.add_argument("--epoch", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True, help="process id of the server")
+    parser.add_argument("--pulse", type=int, required=True, help="descriptor of the memory in which it counts")
     parser.add_argument("--config", required=True, help="an EngineConfig as JSON")
     args = parser.parse_args(argv)
     die_with_parent(args.parent)
+    Pulse(args.pulse).beat()
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(args.socket)
         require_same_user(sock)

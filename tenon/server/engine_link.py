@@ -24,6 +24,7 @@ from tenon.base.errors import ProtocolError
 from tenon.engine import messages as m
 from tenon.engine.config import EngineConfig
 from tenon.server.peer import require_same_user
+from tenon.server.pulse import Pulse
 
 _READ_BYTES: Final = 1 << 18
 _EXIT_WAIT_S: Final = 3.0
@@ -52,6 +53,8 @@ class EngineLink:
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
         self._closing = False
+        self._pulse = Pulse()
+        self._killed_because = ""
         self._pending: list[m.ToEngine] = []
         self._flush_scheduled = False
 
@@ -71,7 +74,8 @@ class EngineLink:
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable, "-m", "tenon.server.engine_host", "--socket", path, "--epoch", str(self._epoch),
                     "--parent", str(os.getpid()), "--config", msgspec.json.encode(self._config).decode(),
-                    stdin=asyncio.subprocess.DEVNULL, process_group=0,
+                    "--pulse", str(self._pulse.fd), stdin=asyncio.subprocess.DEVNULL, process_group=0,
+                    pass_fds=(self._pulse.fd,),
                 )  # fmt: skip
                 connected = await self._accept(listener)
         finally:
@@ -112,6 +116,8 @@ class EngineLink:
 
     async def close(self) -> None:
         """End the process: the socket closes, which it takes as the end; killed if it does not go."""
+        if not self._closing:
+            self._pulse.close()
         self._closing = True
         self._flush()
         if self._writer is not None:
@@ -127,9 +133,15 @@ class EngineLink:
         if self._reader_task is not None:
             await asyncio.wait({self._reader_task})
 
-    def kill(self) -> None:
-        """SIGKILL, now. Does nothing where there is no process."""
+    @property
+    def beats(self) -> int:
+        """The engine's pulse: grows while its process runs, from when it has begun to."""
+        return 0 if self._closing else self._pulse.count()
+
+    def kill(self, because: str = "") -> None:
+        """SIGKILL, now; ``because`` is what its death is reported as. Does nothing where there is no process."""
         if self._process is not None and self._process.returncode is None:
+            self._killed_because = because
             self._process.kill()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
@@ -160,6 +172,11 @@ class EngineLink:
         if self._closing or self._process is None:
             return
         self._closing = True
+        self._pulse.close()
+        if self._writer is not None:
+            self._writer.close()
+        if fatal is None and self._killed_because:
+            fatal = m.Fatal(self._killed_because)
         if fatal is None:
             try:
                 code = await asyncio.wait_for(self._process.wait(), _EXIT_WAIT_S)

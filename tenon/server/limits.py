@@ -27,7 +27,8 @@ class Limits:
     receipt_s: float = 10.0
     write_stall_s: float = 20.0
     stall_s: float = 10.0
-    """Without a step for so long (or three times the longest step) while work exists, the server is not ready."""
+    """Without a step for so long (or three times the longest step) while work exists, the server is not ready. An
+    engine process that shows no sign of life for so long is replaced."""
     max_messages: int = 4096
     max_prompts: int = 128
     max_sequences: int = 128
@@ -38,6 +39,8 @@ class Limits:
     queued_deltas: int = 4096
     """Tokens that may wait for a client that reads slowly; then its request is aborted."""
     queued_events: int = 512
+    replays: int = 2
+    """Engines that may die under a request before it is given up; 0: none."""
 
 
 class BodyTooLarge(RequestError):

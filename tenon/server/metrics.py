@@ -10,6 +10,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from tenon.engine.messages import Stats
+
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 LATENCY_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -114,6 +116,8 @@ class ServerMetrics:
         )
         self.prompt_tokens = Counter("tenon_prompt_tokens_total", "Prompt tokens of accepted requests.")
         self.output_tokens = Counter("tenon_output_tokens_total", "Tokens generated.")
+        self.restarts = Counter("tenon_engine_restarts_total", "Engines that ended and were followed by another.")
+        self.replays = Counter("tenon_requests_replayed_total", "Requests taken over from an engine that had ended.")
         self.ttft = Histogram("tenon_ttft_seconds", "From a request's arrival to its first token.", LATENCY_S)
         self.tpot = Histogram("tenon_tpot_seconds", "Time per output token after the first, per request.", TOKEN_S)
         self.e2e = Histogram("tenon_e2e_seconds", "From a request's arrival to its end.", LATENCY_S)
@@ -122,8 +126,42 @@ class ServerMetrics:
     def families(self) -> list[Family]:
         return [
             self.started, self.finished, self.refused, self.prompt_tokens, self.output_tokens,
-            self.ttft, self.tpot, self.e2e, self.step,
+            self.restarts, self.replays, self.ttft, self.tpot, self.e2e, self.step,
         ]  # fmt: skip
+
+
+def engine_readings(stats: Stats) -> list[Reading | Readings]:
+    return [
+        Reading("tenon_engine_running", "Sequences being computed.", stats.running),
+        Reading("tenon_engine_waiting", "Sequences that wait in the engine.", stats.waiting),
+        Reading("tenon_kv_blocks", "Blocks of the KV cache.", stats.blocks_total),
+        Reading("tenon_kv_blocks_used", "Blocks held by sequences.", stats.blocks_held),
+        Reading("tenon_kv_blocks_cached", "Blocks kept for prefix reuse alone.", stats.blocks_cached),
+        *_cache_readings(stats),
+        Reading("tenon_engine_steps_total", "Steps of the engine.", stats.steps, kind="counter"),
+        Reading("tenon_preemptions_total", "Sequences preempted.", stats.preemptions, kind="counter"),
+    ]
+
+
+def _cache_readings(stats: Stats) -> list[Reading | Readings]:
+    """Of prompts as the engine took them up, once each; blocks are positions' blocks."""
+
+    def counted(name: str, help_text: str, value: float) -> Reading:
+        return Reading(name, help_text, value, kind="counter")
+
+    missed = {kind: float(stats.missed_tokens.get(kind, 0)) for kind in ("new", "evicted", "skipped")}
+    return [
+        counted("tenon_prefix_query_tokens_total", "Tokens of prompts taken up by the engine.", stats.prompt_tokens),
+        counted("tenon_prefix_hit_tokens_total", "Prompt tokens found in cache.", stats.cached_tokens),
+        Readings("tenon_prefix_miss_tokens_total", "Tokens looked up in vain, by reason.", "reason", missed),
+        counted("tenon_prefix_query_blocks_total", "Full blocks of prompts looked up in cache.", stats.lookup_blocks),
+        counted("tenon_prefix_hit_blocks_total", "Blocks of prompts found in cache.", stats.hit_blocks),
+        counted("tenon_prompt_flops_total", "FLOPs of all prompts, had nothing been cached.", stats.prompt_flops),
+        counted("tenon_prompt_flops_saved_total", "FLOPs of prompts that the cache saved.", stats.saved_flops),
+        counted("tenon_prompt_holes_total", "Runs computed before tokens that were in cache.", stats.holes),
+        counted("tenon_kv_evictions_total", "Blocks evicted, of all groups.", stats.evictions),
+        counted("tenon_kv_events_dropped_total", "Events lost before they were sent.", stats.kv_events_dropped),
+    ]
 
 
 def _labels(labels: Mapping[str, str]) -> str:

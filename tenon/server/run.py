@@ -1,8 +1,10 @@
 """One server from start to end: socket, engine process, signals, drain.
 
 loading --> ready --> draining --> exit 0          SIGTERM or SIGINT; a second one exits at once
-   |          |
-   +----------+--> dead --> exit 1                 the engine ended: every request in flight is told first
+   |         ^ |
+   |         | +--> restarting --+                 the engine ended: the next one takes over what is in flight
+   |         +-------------------+
+   +--> dead --> exit 1                            no engine has ever served
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ from tenon.engine.config import EngineConfig
 from tenon.models.hub import resolve
 from tenon.server.app import build_app
 from tenon.server.completions import Completions
-from tenon.server.engine_link import EngineLink
 from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
 from tenon.server.limits import Limits, guarded_protocol
 from tenon.server.model_text import load_model_text
 from tenon.server.service import Service
+from tenon.server.supervisor import Supervisor
 
 LAST_WORDS_S: Final = 2.0
 """How long answers to broken or cut requests may take to leave."""
@@ -63,6 +65,8 @@ class ServeConfig:
             raise ConfigError(f"port must be from 0 (any free one) to 65535, got {self.port}", subject="port")
         if self.drain_s < 0:
             raise ConfigError(f"drain_s must be at least 0, got {self.drain_s}", subject="drain_s")
+        if self.limits.replays < 0:
+            raise ConfigError(f"replays must be at least 0, got {self.limits.replays}", subject="replays")
         if not self.allow_remote and not is_loopback(self.host):
             raise ConfigError(
                 f"host {self.host} is reachable from other machines and there are no keys: whoever reaches the port "
@@ -136,7 +140,7 @@ class Server:
         self._events = EventHub(SYSTEM, bound=config.limits.queued_events, record_folder=folder)
         self._service = Service(model=config.model_name, limits=config.limits, clock=SYSTEM, events=self._events)
         self._completions = Completions(self._service)
-        self._link: EngineLink | None = None
+        self._supervisor: Supervisor | None = None
         self._stop = asyncio.Event()
         self._death: tuple[str, str] | None = None
         app = build_app(self._service, self._completions, loopback_only=is_loopback(config.host))
@@ -164,8 +168,8 @@ class Server:
             self._service.close()
             self._http.should_exit = True
             await serving
-            if self._link is not None:
-                await self._link.close()
+            if self._supervisor is not None:
+                await self._supervisor.close()
             if self._completions.model_text is not None:
                 self._completions.model_text.close()
         if self._death is None:
@@ -178,19 +182,18 @@ class Server:
         try:
             self._on_message(m.Phase("model", 0.0, self._config.engine.model))
             folder = await _abandonable(partial(resolve, self._config.engine.model))
-            link = EngineLink(
+            self._supervisor = Supervisor(
                 replace(self._config.engine, model=str(folder)),
-                epoch=1,
+                self._service,
+                clock=SYSTEM,
                 on_message=self._on_message,
-                on_death=self._on_death,
+                on_failure=self._on_failure,
             )
-            self._link = link
-            self._service.attach(link.send)
-            await link.start()
+            await self._supervisor.start()
             self._completions.model_text = await asyncio.to_thread(load_model_text, folder)
             self._service.text_loaded()
         except TenonError as error:
-            self._on_death(str(error), "")
+            self._on_failure(str(error), "")
             return
         await self._service.settled.wait()
         if self._service.ready is not None and self._death is None:
@@ -210,7 +213,7 @@ class Server:
             self._console.phase(message.name, message.fraction, message.detail)
         self._service.receive(message)
 
-    def _on_death(self, message: str, trace: str) -> None:
+    def _on_failure(self, message: str, trace: str) -> None:
         if self._death is None:
             self._death = (message, trace)
             self._service.engine_died(message)
@@ -220,8 +223,8 @@ class Server:
         if not self._stop.is_set():
             self._stop.set()
             return
-        if self._link is not None:
-            self._link.kill()
+        if self._supervisor is not None:
+            self._supervisor.kill()
         os._exit(128 + number)
 
 

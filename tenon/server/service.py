@@ -1,7 +1,6 @@
 """The HTTP process's view of the engine: its state, the requests in flight, and what is counted about them.
 
-    Service   state of the engine, every request in flight, metrics, events
-    Job       one HTTP request: one or more ``Add``s and the queue of what came back for them
+Each HTTP request is a ``Job`` (:mod:`tenon.server.flights`), each of its prompts a ``Flight``.
 
 Each request that was started ends exactly once, in ``Service._end``: finished, aborted, rejected or failed.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
@@ -22,8 +20,9 @@ from tenon.base.errors import IntegrityError, TenonError
 from tenon.engine import messages as m
 from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
+from tenon.server.flights import Flight, Job, again
 from tenon.server.limits import Limits
-from tenon.server.metrics import Reading, Readings, ServerMetrics, render
+from tenon.server.metrics import Reading, ServerMetrics, engine_readings, render
 
 STATS_EVERY_S: Final = 0.12
 KV_EVENTS_AT_ONCE: Final = 1024
@@ -34,104 +33,9 @@ _log = logging.getLogger("tenon.server")
 class State(StrEnum):
     LOADING = "loading"
     READY = "ready"
+    RESTARTING = "restarting"
     DRAINING = "draining"
     DEAD = "dead"
-
-
-@dataclass(eq=False)
-class _Flight:
-    """One ``Add`` in flight. ``base``: the job's index of its first choice; ``open``: sequences not yet ended."""
-
-    add: m.Add
-    job: Job
-    base: int
-    open: set[int]
-    accepted: bool = False
-    cached_tokens: int = 0
-    n_output: int = 0
-    first_s: float | None = None
-    reasons: set[str] = field(default_factory=set)
-    scores: list[m.PromptScores] = field(default_factory=list)
-    """Of its prompt, where they are wanted: all of them before its first output."""
-    cache: dict[str, Any] | None = None
-    """What the cache had for its prompt; None until the engine takes it up."""
-
-
-class Job:
-    """What one HTTP request waits for. Used by one task; ``abort`` may come from any."""
-
-    def __init__(self, service: Service, queued_tokens: int) -> None:
-        self._service = service
-        self._queued_tokens = queued_tokens
-        self._wake = asyncio.Event()
-        self._queue: list[tuple[int, m.Delta]] = []
-        self._n_queued = 0
-        self._failure: TenonError | None = None
-        self.flights: list[_Flight] = []
-
-    @property
-    def cached_tokens(self) -> int:
-        return sum(flight.cached_tokens for flight in self.flights)
-
-    async def accepted(self) -> None:
-        """Wait until the engine has taken every prompt. Raises what it refused the first one with."""
-        while self._failure is None and not all(flight.accepted for flight in self.flights):
-            await self._turn()
-        if self._failure is not None:
-            raise self._failure
-
-    async def batch(self) -> list[tuple[int, m.Delta]]:
-        """What has come since the last call, at least one (choice, delta); empty once all choices have ended.
-
-        Raises what the request failed with, after everything that came before it was handed out.
-        """
-        while not self._queue and self._failure is None and any(flight.open for flight in self.flights):
-            await self._turn()
-        if not self._queue and self._failure is not None:
-            raise self._failure
-        batch, self._queue, self._n_queued = self._queue, [], 0
-        return batch
-
-    def scores(self, prompt: int) -> list[m.PromptScores]:
-        """Of that prompt, as far as they have come."""
-        return self.flights[prompt].scores
-
-    def close_choice(self, choice: int) -> None:
-        """A stop string ended this choice: its tokens are wanted no more."""
-        for flight in self.flights:
-            if flight.base <= choice < flight.base + flight.add.n:
-                self._service.close_sequence(flight, choice - flight.base, "stop")
-
-    def abort(self, failure: TenonError | None = None) -> None:
-        """Give everything up at once; the engine forgets the sequences. Does nothing after the end."""
-        self.fail(failure or Refusal("the client left", status=499, code="client_closed"), "abort")
-
-    def put(self, flight: _Flight, delta: m.Delta) -> None:
-        """Queue a delta; a client that lets too many wait is given up."""
-        self._queue.append((flight.base + delta.index, delta))
-        self._n_queued += len(delta.ids)
-        self._wake.set()
-        if self._n_queued > self._queued_tokens:
-            self.abort(
-                Refusal(
-                    f"the client reads too slowly: {self._n_queued} tokens are waiting", status=408, code="slow_client"
-                )
-            )
-
-    def fail(self, failure: TenonError, reason: str) -> None:
-        """End all that is left with this failure, counted as ``reason``."""
-        if self._failure is None:
-            self._failure = failure
-        for flight in self.flights:
-            self._service.give_up(flight, reason)
-        self._wake.set()
-
-    def wake(self) -> None:
-        self._wake.set()
-
-    async def _turn(self) -> None:
-        self._wake.clear()
-        await self._wake.wait()
 
 
 class Service:
@@ -153,7 +57,11 @@ class Service:
         self.settled = asyncio.Event()
         """Set once engine and tokenizer are ready, or the engine is dead."""
         self._send: Callable[[m.ToEngine], None] | None = None
-        self._flights: dict[str, _Flight] = {}
+        self._is_lost = False
+        """Whether the engine has ended and the next one is not ready yet."""
+        self._flights: dict[str, Flight] = {}
+        self._served: dict[str, Flight] = {}
+        """By what the present engine calls them."""
         self._emptied = asyncio.Event()
         self._progress_s = clock.now_s()
         self._longest_step_s = 0.0
@@ -179,11 +87,14 @@ class Service:
                 if self.state is State.LOADING:
                     self.reason = "loading: tokenizer"
                 self._begin()
+                self._tell_extras()
+                if self._is_lost:
+                    self._go_on()
             case m.Accepted():
-                if flight := self._flights.get(message.request_id):
+                if flight := self._served.get(message.request_id):
                     self._accept(flight, message)
             case m.Rejected():
-                if flight := self._flights.get(message.request_id):
+                if flight := self._served.get(message.request_id):
                     failure = Refusal(
                         message.message, status=message.status, code=message.code, param=message.param,
                         retry_after_s=message.retry_after_s,
@@ -191,14 +102,15 @@ class Service:
                     self._end(flight, "error" if flight.accepted else "rejected")
                     flight.job.fail(failure, "abort")
             case m.Misses():
-                if flight := self._flights.get(message.request_id):
+                flight = self._served.get(message.request_id)
+                if flight is not None and flight.cache is None:
                     flight.cache = _cache_json(message)
             case m.PromptScores():
-                if flight := self._flights.get(message.request_id):
+                if flight := self._served.get(message.request_id):
                     flight.scores.append(message)
             case m.Outputs():
                 for delta in message.deltas:
-                    if flight := self._flights.get(delta.request_id):
+                    if flight := self._served.get(delta.request_id):
                         self._deliver(flight, delta)
             case m.Stats():
                 self._take_stats(message)
@@ -227,13 +139,44 @@ class Service:
         self.events.publish("phase", name=phase.name, fraction=phase.fraction, detail=phase.detail)
 
     def engine_died(self, message: str) -> None:
-        """Every request in flight ends with an error, now."""
-        failure = Refusal(message, status=503, code="engine_dead", retry_after_s=5.0)
+        """For good. Every request in flight ends with an error, now."""
         self._enter(State.DEAD, message)
         for flight in list(self._flights.values()):
-            self._end(flight, "error")
-            flight.job.fail(failure, "error")
+            self._lose(flight, message)
         self.settled.set()
+
+    def engine_lost(self, message: str, n_failures: int) -> None:
+        """There will be another one; the last ``n_failures`` ended before they served. Requests in flight wait for it,
+        save those that too many engines have died under, and all of them where engines do not even start."""
+        self._is_lost = True
+        self._send = _nobody
+        self._served.clear()
+        self.metrics.restarts.add()
+        often = f"; the last {n_failures} ended before they were ready" if n_failures else ""
+        if self.state is not State.DRAINING:
+            self._enter(State.RESTARTING, f"the engine is started again: {message}{often}")
+        for flight in list(self._flights.values()):
+            flight.n_again += 1
+            if flight.n_again > self.limits.replays:
+                self._lose(flight, message)
+
+    def _lose(self, flight: Flight, message: str) -> None:
+        self._end(flight, "error")
+        flight.job.fail(Refusal(message, status=503, code="engine_dead", retry_after_s=5.0), "error")
+
+    def _go_on(self) -> None:
+        """Another engine is ready: it takes over what is in flight, in the order in which it came."""
+        self._is_lost = False
+        if self.state is State.RESTARTING:
+            self._enter(State.READY, "")
+        self._progress_s = self.clock.now_s()
+        for flight in list(self._flights.values()):
+            self.metrics.replays.add()
+            for add in again(flight):
+                self._served[add.request_id] = flight
+                for index in range(add.index, add.index + add.n):
+                    flight.names[index] = add.request_id
+                self._tell(add)
 
     # What requests ask for.
 
@@ -254,10 +197,10 @@ class Service:
         if not self._flights:
             self._progress_s = self.clock.now_s()
         for add in adds:
-            flight = _Flight(add, job, base, set(range(add.n)))
+            flight = Flight(add, job, base, set(range(add.n)), dict.fromkeys(range(add.n), add.request_id))
             base += add.n
             job.flights.append(flight)
-            self._flights[add.request_id] = flight
+            self._flights[add.request_id] = self._served[add.request_id] = flight
             self.metrics.started.add()
             self._tell(add)
         return job
@@ -271,12 +214,14 @@ class Service:
     def require_ready(self) -> m.Ready:
         """Raises ``Refusal`` (503) naming why not."""
         if self.ready is None or self.state is not State.READY:
-            code = {State.LOADING: "model_loading", State.DRAINING: "draining"}.get(self.state, "engine_dead")
+            codes = {State.LOADING: "model_loading", State.DRAINING: "draining", State.RESTARTING: "engine_restarting"}
+            code = codes.get(self.state, "engine_dead")
             said = f"the server is not ready: {self.reason}"
-            raise Refusal(said, status=503, code=code, retry_after_s=1.0 if self.state is State.LOADING else 5.0)
+            soon = self.state in (State.LOADING, State.RESTARTING)
+            raise Refusal(said, status=503, code=code, retry_after_s=1.0 if soon else 5.0)
         return self.ready
 
-    def close_sequence(self, flight: _Flight, index: int, reason: str) -> None:
+    def close_sequence(self, flight: Flight, index: int, reason: str) -> None:
         """One sequence is over here; the engine is told to forget it."""
         if index not in flight.open:
             return
@@ -284,14 +229,15 @@ class Service:
         flight.reasons.add(reason)
         if flight.add.request_id not in self._flights:
             return
-        self._tell(m.Abort(flight.add.request_id, index))
+        self._tell(m.Abort(flight.names[index], index))
         if not flight.open:
             self._end(flight, _outcome(flight.reasons))
 
-    def give_up(self, flight: _Flight, reason: str) -> None:
+    def give_up(self, flight: Flight, reason: str) -> None:
         """Abort what is left of a request; nothing if it has ended."""
         if flight.add.request_id in self._flights:
-            self._tell(m.Abort(flight.add.request_id))
+            for name in {flight.names[index] for index in flight.open}:
+                self._tell(m.Abort(name))
             self._end(flight, reason)
 
     # Lifecycle.
@@ -338,7 +284,7 @@ class Service:
             Reading("tenon_requests_running", "Requests started and not finished.", len(self._flights)),
         ]
         if self.stats is not None:
-            families += _engine_readings(self.stats)
+            families += engine_readings(self.stats)
         return render(families)
 
     # Inside.
@@ -348,7 +294,9 @@ class Service:
             raise IntegrityError(f"{type(message).__name__} was sent before there was an engine")
         self._send(message)
 
-    def _accept(self, flight: _Flight, message: m.Accepted) -> None:
+    def _accept(self, flight: Flight, message: m.Accepted) -> None:
+        if flight.accepted:
+            return  # by another engine, before
         flight.accepted = True
         flight.cached_tokens = message.cached_tokens
         self.metrics.prompt_tokens.add(len(flight.add.prompt))
@@ -357,7 +305,7 @@ class Service:
         )
         flight.job.wake()
 
-    def _deliver(self, flight: _Flight, delta: m.Delta) -> None:
+    def _deliver(self, flight: Flight, delta: m.Delta) -> None:
         if delta.index not in flight.open:
             return  # ended here by a stop string before the engine heard of it
         if delta.finish_reason in ("abort", "error"):
@@ -365,7 +313,9 @@ class Service:
             self._end(flight, "error")
             flight.job.fail(Refusal(said, status=500, code="engine_error"), "error")
             return
-        flight.cached_tokens = max(flight.cached_tokens, delta.cached_tokens)
+        if flight.n_again == 0:
+            flight.cached_tokens = max(flight.cached_tokens, delta.cached_tokens)
+        flight.outputs.setdefault(delta.index, []).extend(delta.ids)
         flight.n_output += len(delta.ids)
         self.metrics.output_tokens.add(len(delta.ids))
         if delta.ids and flight.first_s is None:
@@ -380,8 +330,10 @@ class Service:
                 self._end(flight, _outcome(flight.reasons))
         flight.job.put(flight, delta)
 
-    def _end(self, flight: _Flight, reason: str) -> None:
+    def _end(self, flight: Flight, reason: str) -> None:
         del self._flights[flight.add.request_id]
+        for name in set(flight.names.values()):
+            self._served.pop(name, None)
         if not self._flights:
             self._emptied.set()
         flight.open.clear()
@@ -442,6 +394,10 @@ class Service:
         )  # fmt: skip
 
 
+def _nobody(_: m.ToEngine) -> None:
+    """Between two engines: the next one is told of what is left by then."""
+
+
 def _outcome(reasons: set[str]) -> str:
     """One word for several sequences: "length" if any was cut."""
     return "length" if "length" in reasons else "stop"
@@ -453,37 +409,3 @@ def _cache_json(misses: m.Misses) -> dict[str, Any]:
     return {
         "cached_tokens": misses.cached_tokens, "holes": misses.holes, "n_misses": misses.n_runs, "misses": runs,
     }  # fmt: skip
-
-
-def _engine_readings(stats: m.Stats) -> list[Reading | Readings]:
-    return [
-        Reading("tenon_engine_running", "Sequences being computed.", stats.running),
-        Reading("tenon_engine_waiting", "Sequences that wait in the engine.", stats.waiting),
-        Reading("tenon_kv_blocks", "Blocks of the KV cache.", stats.blocks_total),
-        Reading("tenon_kv_blocks_used", "Blocks held by sequences.", stats.blocks_held),
-        Reading("tenon_kv_blocks_cached", "Blocks kept for prefix reuse alone.", stats.blocks_cached),
-        *_cache_readings(stats),
-        Reading("tenon_engine_steps_total", "Steps of the engine.", stats.steps, kind="counter"),
-        Reading("tenon_preemptions_total", "Sequences preempted.", stats.preemptions, kind="counter"),
-    ]
-
-
-def _cache_readings(stats: m.Stats) -> list[Reading | Readings]:
-    """Of prompts as the engine took them up, once each; blocks are positions' blocks."""
-
-    def counted(name: str, help_text: str, value: float) -> Reading:
-        return Reading(name, help_text, value, kind="counter")
-
-    missed = {kind: float(stats.missed_tokens.get(kind, 0)) for kind in ("new", "evicted", "skipped")}
-    return [
-        counted("tenon_prefix_query_tokens_total", "Tokens of prompts taken up by the engine.", stats.prompt_tokens),
-        counted("tenon_prefix_hit_tokens_total", "Prompt tokens found in cache.", stats.cached_tokens),
-        Readings("tenon_prefix_miss_tokens_total", "Tokens looked up in vain, by reason.", "reason", missed),
-        counted("tenon_prefix_query_blocks_total", "Full blocks of prompts looked up in cache.", stats.lookup_blocks),
-        counted("tenon_prefix_hit_blocks_total", "Blocks of prompts found in cache.", stats.hit_blocks),
-        counted("tenon_prompt_flops_total", "FLOPs of all prompts, had nothing been cached.", stats.prompt_flops),
-        counted("tenon_prompt_flops_saved_total", "FLOPs of prompts that the cache saved.", stats.saved_flops),
-        counted("tenon_prompt_holes_total", "Runs computed before tokens that were in cache.", stats.holes),
-        counted("tenon_kv_evictions_total", "Blocks evicted, of all groups.", stats.evictions),
-        counted("tenon_kv_events_dropped_total", "Events lost before they were sent.", stats.kv_events_dropped),
-    ]

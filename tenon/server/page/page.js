@@ -295,6 +295,7 @@ function showEmpty() {
     connecting: ["Connecting", ""],
     loading: ["Loading the model", "The API answers as soon as it is ready."],
     ready: settings.mode === "completion" ? ["Start a text", "The model continues it."] : ["Say something", `${view.model} runs on this machine.`],
+    restarting: ["Starting the engine again", "What was in flight will go on."],
     draining: ["Shutting down", "Requests in flight are being finished."],
     dead: ["The engine has stopped", view.reason ?? ""],
     offline: ["No connection", "The server does not answer; trying again."],

@@ -9,7 +9,7 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FOLDER = HERE.parents[1] / ".clients"
+FOLDER = HERE.parents[2] / ".clients"
 
 
 def python_of(name: str) -> Path:

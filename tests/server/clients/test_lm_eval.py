@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from tenon.models.hub import resolve
-from tests.clients.environments import HERE, python_of
+from tests.server.clients.environments import HERE, python_of
 from tests.server.conftest import PATIENCE_S, Running, free_port, launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch, pytest.mark.timeout(1200)]

@@ -1,0 +1,148 @@
+"""Requests in flight.
+
+Job      one HTTP request: one or more prompts and the queue of what came back for them
+Flight   one prompt, as the engine has it, and what has come of it so far
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from tenon.base.errors import TenonError
+from tenon.engine import messages as m
+from tenon.server.failures import Refusal
+
+
+class Ending(Protocol):
+    """What a job tells the service (:class:`tenon.server.service.Service`)."""
+
+    def close_sequence(self, flight: Flight, index: int, reason: str) -> None: ...
+
+    def give_up(self, flight: Flight, reason: str) -> None: ...
+
+
+@dataclass(eq=False)
+class Flight:
+    """One ``Add`` in flight. ``base``: the job's index of its first choice; ``open``: sequences not yet ended."""
+
+    add: m.Add
+    job: Job
+    base: int
+    open: set[int]
+    names: dict[int, str]
+    """What the engine calls the request that each sequence is in."""
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    """Tokens of each sequence that has begun."""
+    n_again: int = 0
+    """Engines that died under it."""
+    accepted: bool = False
+    cached_tokens: int = 0
+    n_output: int = 0
+    first_s: float | None = None
+    reasons: set[str] = field(default_factory=set)
+    scores: list[m.PromptScores] = field(default_factory=list)
+    """Of its prompt, where they are wanted: all of them before its first output."""
+    cache: dict[str, Any] | None = None
+    """What the cache had for its prompt; None until the engine takes it up."""
+
+
+class Job:
+    """What one HTTP request waits for. Used by one task; ``abort`` may come from any."""
+
+    def __init__(self, service: Ending, queued_tokens: int) -> None:
+        self._service = service
+        self._queued_tokens = queued_tokens
+        self._wake = asyncio.Event()
+        self._queue: list[tuple[int, m.Delta]] = []
+        self._n_queued = 0
+        self._failure: TenonError | None = None
+        self.flights: list[Flight] = []
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(flight.cached_tokens for flight in self.flights)
+
+    async def accepted(self) -> None:
+        """Wait until the engine has taken every prompt. Raises what it refused the first one with."""
+        while self._failure is None and not all(flight.accepted for flight in self.flights):
+            await self._turn()
+        if self._failure is not None:
+            raise self._failure
+
+    async def batch(self) -> list[tuple[int, m.Delta]]:
+        """What has come since the last call, at least one (choice, delta); empty once all choices have ended.
+
+        Raises what the request failed with, after everything that came before it was handed out.
+        """
+        while not self._queue and self._failure is None and any(flight.open for flight in self.flights):
+            await self._turn()
+        if not self._queue and self._failure is not None:
+            raise self._failure
+        batch, self._queue, self._n_queued = self._queue, [], 0
+        return batch
+
+    def scores(self, prompt: int) -> list[m.PromptScores]:
+        """Of that prompt, as far as they have come."""
+        return self.flights[prompt].scores
+
+    def close_choice(self, choice: int) -> None:
+        """A stop string ended this choice: its tokens are wanted no more."""
+        for flight in self.flights:
+            if flight.base <= choice < flight.base + flight.add.n:
+                self._service.close_sequence(flight, choice - flight.base, "stop")
+
+    def abort(self, failure: TenonError | None = None) -> None:
+        """Give everything up at once; the engine forgets the sequences. Does nothing after the end."""
+        self.fail(failure or Refusal("the client left", status=499, code="client_closed"), "abort")
+
+    def put(self, flight: Flight, delta: m.Delta) -> None:
+        """Queue a delta; a client that lets too many wait is given up."""
+        self._queue.append((flight.base + delta.index, delta))
+        self._n_queued += len(delta.ids)
+        self._wake.set()
+        if self._n_queued > self._queued_tokens:
+            self.abort(
+                Refusal(
+                    f"the client reads too slowly: {self._n_queued} tokens are waiting", status=408, code="slow_client"
+                )
+            )
+
+    def fail(self, failure: TenonError, reason: str) -> None:
+        """End all that is left with this failure, counted as ``reason``."""
+        if self._failure is None:
+            self._failure = failure
+        for flight in self.flights:
+            self._service.give_up(flight, reason)
+        self._wake.set()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def _turn(self) -> None:
+        self._wake.clear()
+        await self._wake.wait()
+
+
+def again(flight: Flight) -> list[m.Add]:
+    """What to ask the next engine for: the whole request if nothing of it has begun, each open sequence by itself
+    otherwise. All have begun where one has."""
+    add = flight.add
+    if not flight.outputs:
+        flight.scores.clear()
+        return [msgspec.structs.replace(add, again=True)]
+    return [
+        msgspec.structs.replace(
+            add,
+            request_id=f"{add.request_id}#{index}",
+            n=1,
+            index=index,
+            outputs=tuple(flight.outputs.get(index, ())),
+            prompt_logprobs=-1,
+            again=True,
+        )
+        for index in sorted(flight.open)
+    ]

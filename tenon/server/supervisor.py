@@ -1,0 +1,130 @@
+"""Keeps an engine there: starts it, notices when it is gone or hangs, starts the next.
+
+    starting --> serving --+
+       ^  |                |  dead, or without a pulse: killed
+       |  +--> backoff <---+
+       +----------+
+
+An engine that never came to serve is a server that cannot start: ``on_failure``. After that there is always another
+one, sooner or later; requests in flight wait for it in the :class:`Service`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from tenon.base.clock import Clock
+from tenon.engine import messages as m
+from tenon.engine.config import EngineConfig
+from tenon.server.engine_link import EngineLink
+from tenon.server.service import Service
+
+FIRST_WAIT_S: Final = 0.5
+LONGEST_WAIT_S: Final = 30.0
+LOOK_EVERY_S: Final = 0.5
+
+_log = logging.getLogger("tenon.server")
+
+
+def backoff_s(n_failures: int) -> float:
+    """How long to wait after so many engines in a row that ended before they served."""
+    return 0.0 if n_failures == 0 else min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** (n_failures - 1))
+
+
+class Supervisor:
+    """The engines of one server, one after another, each with an epoch of its own."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        service: Service,
+        *,
+        clock: Clock,
+        on_message: Callable[[m.FromEngine], None],
+        on_failure: Callable[[str, str], None],
+    ) -> None:
+        self._config, self._service, self._clock = config, service, clock
+        self._on_message, self._on_failure = on_message, on_failure
+        self._link: EngineLink | None = None
+        self._epoch = 0
+        self._has_served = False
+        """Whether any engine has."""
+        self._n_failures = 0
+        self._serves = False
+        """Whether the present one does."""
+        self._closing = False
+        self._next: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._beats, self._beat_s = 0, 0.0
+
+    async def start(self) -> None:
+        """Start an engine; it says by its messages when it serves."""
+        self._epoch += 1
+        self._serves = False
+        link = EngineLink(
+            self._config, epoch=self._epoch, on_message=self._receive, on_death=self._on_death
+        )  # fmt: skip
+        self._link = link
+        self._service.attach(link.send)
+        self._beats, self._beat_s = 0, self._clock.now_s()
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch())
+        await link.start()
+
+    def kill(self) -> None:
+        """End the present engine now, and have no other. For a server that leaves at once."""
+        self._closing = True
+        if self._link is not None:
+            self._link.kill()
+
+    async def close(self) -> None:
+        """End the present engine, and have no other."""
+        self._closing = True
+        for task in (self._next, self._watching):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        if self._link is not None:
+            await self._link.close()
+
+    def _receive(self, message: m.FromEngine) -> None:
+        if isinstance(message, m.Ready):
+            self._has_served = self._serves = True
+            self._n_failures = 0
+        self._on_message(message)
+
+    def _on_death(self, message: str, trace: str) -> None:
+        if self._closing:
+            return
+        if not self._has_served:
+            self._on_failure(message, trace)
+            return
+        self._n_failures = 0 if self._serves else self._n_failures + 1
+        wait_s = backoff_s(self._n_failures)
+        _log.error("%s%s", message, f"\n{trace}" if trace else "")
+        self._service.engine_lost(message, self._n_failures)
+        self._next = asyncio.create_task(self._start_after(wait_s))
+
+    async def _start_after(self, wait_s: float) -> None:
+        await asyncio.sleep(wait_s)
+        try:
+            await self.start()
+        except OSError as error:  # no process, no memory: what was short may be there later
+            self._on_death(f"no engine could be started: {error.strerror or error}", "")
+
+    async def _watch(self) -> None:
+        """Kill an engine whose pulse stands still; its death does the rest."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            link, now_s = self._link, self._clock.now_s()
+            beats = link.beats if link is not None else 0
+            if link is None or beats != self._beats or beats == 0:
+                self._beats, self._beat_s = beats, now_s
+            elif now_s - self._beat_s > self._service.limits.stall_s:
+                link.kill(f"the engine hung: no sign of life for {now_s - self._beat_s:.0f} s")
+                self._beats, self._beat_s = 0, now_s
