@@ -13,6 +13,7 @@ from tenon.engine.chunks import Chunks, Predictor, predictor
 from tenon.engine.config import EngineConfig, state_secret
 from tenon.engine.engine import Engine, Identity
 from tenon.engine.executors.base import Executor
+from tenon.engine.executors.isolated import Isolated
 from tenon.engine.recompute import recompute_cost
 from tenon.engine.scheduler import Scheduler
 from tenon.models.generation import read_generation
@@ -128,4 +129,4 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
             "notes": "; ".join((*caps.notes, *([predicted.note] if predicted.note else ()))),
         },
     )
-    return Engine(config, identity, scheduler, executor, clock)
+    return Engine(config, identity, scheduler, Isolated(executor), clock)
