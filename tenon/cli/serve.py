@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument(
         "--allow-remote", action="store_true", help="allow a host beyond loopback: whoever reaches the port is served"
     )
+    http.add_argument("--keys", type=Path, metavar="FILE", help="who may use the server: TOML, keys and quotas")
     http.add_argument("--served-name", help="what clients call the model (default: its folder or hub name)")
     http.add_argument(
         "--drain-s", type=float, default=server.drain_s,
@@ -86,6 +87,7 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
         host=args.host,
         port=args.port,
         allow_remote=args.allow_remote,
+        keys=args.keys,
         served_name=args.served_name,
         drain_s=args.drain_s,
         record_folder=args.record,
@@ -95,7 +97,7 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
 
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
-    screen = Screen(Console(stderr=True), warn_remote=config.allow_remote)
+    screen = Screen(Console(stderr=True), warn_remote=config.allow_remote and config.keys is None)
     return serve(config, screen)
 
 

@@ -125,6 +125,7 @@ class SamplingParams:
         stop_ids: tuple[int, ...],
         bad_words: tuple[tuple[int, ...], ...],
         arrival_s: float,
+        tenant: str = "",
     ) -> Add:
         """The engine's message for one prompt. ``bad_words`` are this one's as tokens (see ``Tokenizer.spellings``)."""
         return Add(
@@ -147,6 +148,7 @@ class SamplingParams:
             ignore_eos=self.ignore_eos,
             n_logprobs=-1 if self.logprobs is None else self.logprobs,
             prompt_logprobs=-1 if self.prompt_logprobs is None else self.prompt_logprobs,
+            tenant=tenant,
             arrival_s=arrival_s,
         )
 

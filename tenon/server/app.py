@@ -9,7 +9,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 from starlette.applications import Starlette
@@ -22,13 +22,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tenon.base.errors import TenonError
-from tenon.server import tokens
-from tenon.server.completions import Answer, Completions
+from tenon.server import anthropic, responses_api, tokens
+from tenon.server.completions import Completions, Origin, draw_seed
 from tenon.server.events import EXTRAS
 from tenon.server.failures import Refusal, body_of, headers_of, status_of
+from tenon.server.flights import Job
+from tenon.server.keys import Caller, KeyRing
 from tenon.server.limits import BodyTooLarge, Limits, error_body, read_body
 from tenon.server.metrics import CONTENT_TYPE
-from tenon.server.protocol import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from tenon.server.protocol import parse_chat, parse_completion
+from tenon.server.responses import ChatFace
 from tenon.server.service import Service
 
 PAGE: Final = Path(__file__).parent / "page"
@@ -45,8 +48,11 @@ PAGE_HEADERS: Final = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
+OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/health", *PAGE_FILES})
+"""What needs no key: probes, and the page's files, which say nothing of anybody."""
 LINGER_S: Final = 1.0
 LOOPBACK_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+_CHALLENGE: Final = {"www-authenticate": "Bearer"}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 
@@ -99,6 +105,17 @@ async def _watching(receive: Receive, on_leave: Callable[[], None]) -> AsyncIter
         watcher.cancel()
 
 
+class Told(Protocol):
+    """An accepted request, in one API's words."""
+
+    @property
+    def job(self) -> Job: ...
+
+    async def whole(self) -> Any: ...
+
+    def stream(self) -> AsyncIterator[bytes]: ...
+
+
 class Routes:
     """The handlers over one service."""
 
@@ -108,30 +125,67 @@ class Routes:
         self._limits = limits
 
     async def completions(self, request: Request) -> Response:
-        arrival_s = self._service.clock.now_s()
+        origin = self._origin(request)
         body = parse_completion(await self._body(request), self._limits)
-        return await self._answer(request, body, self._completions.complete(body, _request_id(request), arrival_s))
+        return await self._answer(request, body.stream, self._completions.complete(body, origin))
 
     async def chat(self, request: Request) -> Response:
-        arrival_s = self._service.clock.now_s()
+        origin = self._origin(request)
         body = parse_chat(await self._body(request), self._limits)
-        return await self._answer(request, body, self._completions.chat(body, _request_id(request), arrival_s))
+        return await self._answer(request, body.stream, self._completions.chat(body, origin))
+
+    async def messages(self, request: Request) -> Response:
+        origin = self._origin(request)
+        body = anthropic.parse_messages(await self._body(request), self._limits)
+        return await self._answer(request, body.stream, self._message(body, origin))
+
+    async def _message(self, body: anthropic.MessagesRequest, origin: Origin) -> anthropic.MessageAnswer:
+        completions = self._completions
+        text, head = completions.require_model(body.model), completions.head("msg", origin)
+        params = body.params(text.generation.sampling(), draw_seed())
+        face = ChatFace(head, text, logprobs=False)
+        answer = await completions.converse(body.flat(), params, text, face, None, origin)
+        return anthropic.MessageAnswer(answer, head)
+
+    async def responses(self, request: Request) -> Response:
+        origin = self._origin(request)
+        body = responses_api.parse_responses(await self._body(request), self._limits)
+        return await self._answer(request, body.stream, self._response(body, origin))
+
+    async def _response(self, body: responses_api.ResponsesRequest, origin: Origin) -> responses_api.ResponseAnswer:
+        completions = self._completions
+        text, head = completions.require_model(body.model), completions.head("resp", origin)
+        params = body.params(text.generation.sampling(), draw_seed())
+        face = ChatFace(head, text, logprobs=False)
+        answer = await completions.converse(body.flat(), params, text, face, None, origin)
+        return responses_api.ResponseAnswer(answer, head, body, params)
+
+    async def count_tokens(self, request: Request) -> Response:
+        _caller(request).take_request()
+        body = anthropic.parse_count(await self._body(request), self._limits)
+        text = self._completions.tokenizer(body.model)
+        ids = await tokens.ids_of(text, await text.render(body.flat()), special=False)
+        return Json({"input_tokens": len(ids)})
+
+    def _origin(self, request: Request) -> Origin:
+        """Counts the request against its caller's quota. Raises ``Refusal``."""
+        caller = _caller(request)
+        caller.take_request()
+        return Origin(_request_id(request), self._service.clock.now_s(), caller)
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request.receive, request.headers.get("content-length"), self._limits.body_bytes)
 
-    async def _answer(
-        self, request: Request, body: CompletionRequest | ChatRequest, accepting: Awaitable[Answer]
-    ) -> Response:
+    async def _answer(self, request: Request, streamed: bool | None, accepting: Awaitable[Told]) -> Response:
         """The answer in the form asked for. A client that leaves while it waits is noticed in every phase."""
-        work = asyncio.ensure_future(self._finish(body, accepting))
+        work = asyncio.ensure_future(self._finish(streamed, accepting))
         async with _watching(request.receive, partial(_cancel, work)):
             await asyncio.wait({work})
         return Response(status_code=499) if work.cancelled() else work.result()  # 499: nobody is there to read it
 
-    async def _finish(self, body: CompletionRequest | ChatRequest, accepting: Awaitable[Answer]) -> Response:
+    async def _finish(self, streamed: bool | None, accepting: Awaitable[Told]) -> Response:
         answer = await accepting
-        if body.stream:
+        if streamed:
             return Streamed(answer.stream(), answer.job.abort)
         try:
             return Json(await answer.whole())
@@ -140,11 +194,13 @@ class Routes:
             raise
 
     async def tokenize(self, request: Request) -> Response:
+        _caller(request).take_request()
         body = tokens.parse_tokenize(await self._body(request), self._limits)
         text, ready = self._completions.tokenizer(body.model), self._service.ready
         return Json(await tokens.tokenize(text, body, ready.max_model_len if ready is not None else None))
 
     async def detokenize(self, request: Request) -> Response:
+        _caller(request).take_request()
         body = tokens.parse_detokenize(await self._body(request))
         return Json(await tokens.detokenize(self._completions.tokenizer(body.model), body))
 
@@ -182,9 +238,11 @@ class Routes:
         )
 
     async def metrics(self, request: Request) -> Response:
+        _caller(request).require_watch()
         return Response(self._service.exposition(), headers={"content-type": CONTENT_TYPE})
 
     async def events(self, request: Request) -> Response:
+        _caller(request).require_watch()
         hub = self._service.events
         subscription = hub.subscribe(_extras(request))
 
@@ -205,13 +263,14 @@ class Routes:
     async def failed(self, request: Request, error: Exception) -> Response:
         """Every failure's answer. A body that is still coming is read a little longer, so that the client, busy
         sending, gets to see why it was refused."""
+        path: str = request.scope["path"]
         if isinstance(error, HTTPException):
-            said = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not allowed here"}
+            said = {404: f"there is nothing at {path}", 405: f"{request.method} is not allowed here"}
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
             content: Any = error_body(said.get(error.status_code, error.detail), code=code)
             status, headers = error.status_code, dict(error.headers or {})
         elif isinstance(error, TenonError):
-            content, status, headers = body_of(error), status_of(error), headers_of(error)
+            content, status, headers = _told(path, error), status_of(error), headers_of(error)
         else:
             content = error_body("the server failed on this request", kind="server_error", code="internal_error")
             status, headers = 500, {}
@@ -236,15 +295,18 @@ class _Lingering(Json):
 
 
 class Doorman:
-    """Before any route: gives each request its id, and keeps other web sites out.
+    """Before any route: gives each request its id, finds out whose it is, and keeps other web sites out.
+
+    Where there are keys, whatever is not in ``OPEN_PATHS`` wants one, be it a route or not.
 
     A page that the user happens to visit must not reach a loopback server through the browser: an ``Origin`` must be
     the server's own, and, bound to loopback, ``Host`` must name loopback (against DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, *, loopback_only: bool) -> None:
+    def __init__(self, app: ASGIApp, *, loopback_only: bool, anybody: Caller, keys: KeyRing | None) -> None:
         self._app = app
         self._loopback_only = loopback_only
+        self._anybody, self._keys = anybody, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -260,11 +322,19 @@ class Doorman:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        scope["caller"] = self._anybody
         refusal = self._refusal(headers)
+        if refusal is None and self._keys is not None and scope["path"] not in OPEN_PATHS:
+            try:
+                scope["caller"] = self._keys.caller(headers)
+            except Refusal as error:
+                refusal = error
         if refusal is None:
             await self._app(scope, receive, send_with_id)
-        else:
-            await Json(body_of(refusal), status_code=status_of(refusal))(scope, receive, send_with_id)
+            return
+        status = status_of(refusal)
+        answer = Json(_told(scope["path"], refusal), status_code=status, headers=_CHALLENGE if status == 401 else {})
+        await answer(scope, receive, send_with_id)
 
     def _refusal(self, headers: Headers) -> Refusal | None:
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -286,6 +356,16 @@ def _request_id(request: Request) -> str:
     return f"{request.scope['request_id']}-{secrets.token_hex(4)}"
 
 
+def _told(path: str, error: TenonError) -> Any:
+    """A failure in the shape of the API that was asked."""
+    return anthropic.error_json(error) if path.startswith(anthropic.PATH) else body_of(error)
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.scope["caller"]
+    return caller
+
+
 def _extras(request: Request) -> frozenset[str]:
     """What a reader of events asks for besides the usual. Raises ``Refusal`` for what there is not."""
     for name, value in request.query_params.multi_items():
@@ -297,8 +377,10 @@ def _extras(request: Request) -> frozenset[str]:
     return frozenset(name for name, value in request.query_params.items() if value == "1")
 
 
-def build_app(service: Service, completions: Completions, *, loopback_only: bool) -> Starlette:
-    """The ASGI application."""
+def build_app(
+    service: Service, completions: Completions, *, loopback_only: bool, keys: KeyRing | None = None
+) -> Starlette:
+    """The ASGI application. ``keys``: who may use it; anybody without."""
     routes = Routes(service, completions, service.limits)
     get, post = ["GET"], ["POST"]
     return Starlette(
@@ -307,6 +389,9 @@ def build_app(service: Service, completions: Completions, *, loopback_only: bool
             Route("/v1/models/{name:path}", routes.model, methods=get),
             Route("/v1/completions", routes.completions, methods=post),
             Route("/v1/chat/completions", routes.chat, methods=post),
+            Route(responses_api.PATH, routes.responses, methods=post),
+            Route(anthropic.PATH, routes.messages, methods=post),
+            Route(anthropic.COUNT_PATH, routes.count_tokens, methods=post),
             Route("/tokenize", routes.tokenize, methods=post),
             Route("/detokenize", routes.detokenize, methods=post),
             Route("/tokenizer_info", routes.tokenizer_info, methods=get),
@@ -317,6 +402,6 @@ def build_app(service: Service, completions: Completions, *, loopback_only: bool
             Route("/events", routes.events, methods=get),
             *(Route(path, routes.page, methods=get) for path in PAGE_FILES),
         ],
-        middleware=[Middleware(Doorman, loopback_only=loopback_only)],
+        middleware=[Middleware(Doorman, loopback_only=loopback_only, anybody=Caller(None, service.clock), keys=keys)],
         exception_handlers={HTTPException: routes.failed, TenonError: routes.failed, Exception: routes.failed},
     )

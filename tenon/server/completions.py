@@ -20,6 +20,7 @@ from tenon.engine.messages import Add
 from tenon.engine.params import SamplingParams
 from tenon.server.failures import Refusal, body_of
 from tenon.server.flights import Job
+from tenon.server.keys import Caller
 from tenon.server.model_text import ModelText
 from tenon.server.protocol import ChatRequest, CompletionRequest, StreamOptions, check_work, sampling_params
 from tenon.server.responses import (
@@ -76,7 +77,7 @@ class Answer:
     async def whole(self) -> Json:
         """The answer in one piece. Raises what the request failed with."""
         collected = [Collected() for _ in self.outputs]
-        async for choice, piece in self._pieces():
+        async for choice, piece in self.pieces():
             collected[choice].add(piece)
         for prompt in range(len(self.echoes)):
             self._score(prompt)
@@ -98,7 +99,7 @@ class Answer:
         openings = [self.face.opening(choice) for choice in range(len(self.outputs)) if choice not in closed]
         yield b"".join(stream_chunk(self.face, opening, usage) for opening in openings if opening is not None)
         try:
-            async for choice, piece in self._pieces():
+            async for choice, piece in self.pieces():
                 if choice in closed:
                     closed.remove(choice)
                     self._score(choice // self._n)
@@ -118,7 +119,8 @@ class Answer:
     def _chunk_usage(self) -> Json | None:
         return self.usage().to_json() if self.options.continuous_usage_stats else None
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """What comes, by choice. Raises what the request failed with."""
         while batch := await self.job.batch():
             for choice, delta in batch:
                 output = self.outputs[choice]
@@ -132,16 +134,25 @@ class Answer:
                 yield choice, piece
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a request comes from: a name that no other has, when it came, whose it is."""
+
+    request_id: str
+    arrival_s: float
+    caller: Caller
+
+
 class Completions:
-    """Both endpoints over one model."""
+    """Whatever generates, over one model."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self.model_text: ModelText | None = None
 
-    async def complete(self, request: CompletionRequest, request_id: str, arrival_s: float) -> Answer:
+    async def complete(self, request: CompletionRequest, origin: Origin) -> Answer:
         """``/v1/completions`` up to the engine's acceptance. Raises ``RequestError``."""
-        text = self._require_model(request)
+        text = self.require_model(request.model)
         params = self._params(request, text)
         prompts = [await ids_of(text, p, special=True) if isinstance(p, str) else p for p in request.prompts]
         shown = [p if isinstance(p, str) else text.decode(p) for p in request.prompts] if request.echo else []
@@ -150,19 +161,18 @@ class Completions:
         bad_words = text.spellings(params.bad_words)
         try:
             adds = [
-                self._add(prompt, params, max_tokens, text, bad_words, f"{request_id}/{i}", arrival_s)
-                for i, prompt in enumerate(prompts)
+                self._add(prompt, params, max_tokens, text, bad_words, i, origin) for i, prompt in enumerate(prompts)
             ]
         except ContextTooLong as error:
             error.param = "prompt"  # it names chat's field otherwise
             raise
         if request.seed is None:
-            adds = [add if i == 0 else msgspec.structs.replace(add, seed=_draw_seed()) for i, add in enumerate(adds)]
+            adds = [add if i == 0 else msgspec.structs.replace(add, seed=draw_seed()) for i, add in enumerate(adds)]
         face = CompletionFace(
-            self._head("cmpl", request_id), text, logprobs=request.logprobs is not None,
+            self.head("cmpl", origin), text, logprobs=request.logprobs is not None,
             n=(request.n or 1) if request.best_of else params.n, echo=echo,
         )  # fmt: skip
-        answer = await self._submit(adds, params, text, face, request.stream_options)
+        answer = await self._submit(adds, params, text, face, request.stream_options, origin.caller)
         return replace(
             answer,
             echoes=echo if params.prompt_logprobs is not None else (),
@@ -171,18 +181,30 @@ class Completions:
             echoes_only=request.echoes_only,
         )
 
-    async def chat(self, request: ChatRequest, request_id: str, arrival_s: float) -> Answer:
+    async def chat(self, request: ChatRequest, origin: Origin) -> Answer:
         """``/v1/chat/completions`` up to the engine's acceptance. Raises ``RequestError``."""
-        text = self._require_model(request)
+        text = self.require_model(request.model)
         params = self._params(request, text)
-        rendered = await text.render([message.flat(i) for i, message in enumerate(request.messages)])
-        prompt = await ids_of(text, rendered, special=False)
+        face = ChatFace(self.head("chatcmpl", origin), text, logprobs=bool(request.logprobs))
+        messages = [message.flat(i) for i, message in enumerate(request.messages)]
+        return await self.converse(messages, params, text, face, request.stream_options, origin)
+
+    async def converse(
+        self,
+        messages: Sequence[dict[str, str]],
+        params: SamplingParams,
+        text: ModelText,
+        face: Face,
+        options: StreamOptions | None,
+        origin: Origin,
+    ) -> Answer:
+        """What follows a conversation, up to the engine's acceptance. Raises ``RequestError``."""
+        prompt = await ids_of(text, await text.render(messages), special=False)
         room = self._service.require_ready().max_model_len - len(prompt)
         max_tokens = params.max_tokens or max(1, min(text.generation.max_new_tokens or room, room))
-        face = ChatFace(self._head("chatcmpl", request_id), text, logprobs=bool(request.logprobs))
         bad_words = text.spellings(params.bad_words)
-        add = self._add(prompt, params, max_tokens, text, bad_words, f"{request_id}/0", arrival_s)
-        return await self._submit([add], params, text, face, request.stream_options)
+        add = self._add(prompt, params, max_tokens, text, bad_words, 0, origin)
+        return await self._submit([add], params, text, face, options, origin.caller)
 
     def tokenizer(self, model: str | None) -> ModelText:
         """For those who only count. Raises ``Refusal``: another model, or not loaded yet."""
@@ -191,8 +213,9 @@ class Completions:
             raise Refusal("the tokenizer is not loaded yet", status=503, code="model_loading", retry_after_s=1.0)
         return self.model_text
 
-    def _require_model(self, request: CompletionRequest | ChatRequest) -> ModelText:
-        self._service.require_model(request.model)
+    def require_model(self, name: str) -> ModelText:
+        """The text side of the model that is served. Raises ``Refusal``: another one, or not ready."""
+        self._service.require_model(name)
         self._service.require_ready()
         if self.model_text is None:
             raise IntegrityError("the server is ready and has no tokenizer")
@@ -201,7 +224,7 @@ class Completions:
     def _params(self, request: CompletionRequest | ChatRequest, text: ModelText) -> SamplingParams:
         if request.stream_options is not None and not request.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options", code="invalid_value")
-        return sampling_params(request, defaults=text.generation.sampling(), seed=_draw_seed())
+        return sampling_params(request, defaults=text.generation.sampling(), seed=draw_seed())
 
     def _add(
         self,
@@ -210,8 +233,8 @@ class Completions:
         max_tokens: int,
         text: ModelText,
         bad_words: tuple[tuple[int, ...], ...],
-        request_id: str,
-        arrival_s: float,
+        number: int,
+        origin: Origin,
     ) -> Add:
         """The engine's message for one prompt. Raises ``RequestError`` for ids or lengths that no model state fits."""
         ready = self._service.require_ready()
@@ -227,8 +250,9 @@ class Completions:
         if len(prompt) + max_tokens > ready.max_model_len:
             raise ContextTooLong(len(prompt), max_tokens, ready.max_model_len)
         return params.add(
-            request_id, prompt, max_tokens=max_tokens, seed=params.seed or 0, stop_ids=_stop_ids(params, text),
-            bad_words=bad_words, arrival_s=arrival_s,
+            f"{origin.request_id}/{number}", prompt, max_tokens=max_tokens, seed=params.seed or 0,
+            stop_ids=_stop_ids(params, text), bad_words=bad_words, arrival_s=origin.arrival_s,
+            tenant=origin.caller.tenant,
         )  # fmt: skip
 
     async def _submit(
@@ -238,10 +262,11 @@ class Completions:
         text: ModelText,
         face: Face,
         options: StreamOptions | None,
+        caller: Caller,
     ) -> Answer:
         n_scored = sum(len(add.prompt) for add in adds if add.prompt_logprobs >= 0)
         check_work(len(adds), params, max(add.max_tokens for add in adds), n_scored, self._service.limits)
-        job = self._service.submit(adds)
+        job = self._service.submit(adds, caller)
         try:
             await job.accepted()
         except asyncio.CancelledError:
@@ -254,8 +279,9 @@ class Completions:
         ]
         return Answer(job, face, outputs, sum(len(add.prompt) for add in adds), options or StreamOptions())
 
-    def _head(self, kind: str, request_id: str) -> Head:
-        return Head(f"{kind}-{request_id}", int(self._service.clock.wall_s()), self._service.model)
+    def head(self, kind: str, origin: Origin) -> Head:
+        """What the objects of an answer repeat."""
+        return Head(f"{kind}-{origin.request_id}", int(self._service.clock.wall_s()), self._service.model)
 
 
 def _stop_ids(params: SamplingParams, text: ModelText) -> tuple[int, ...]:
@@ -263,5 +289,6 @@ def _stop_ids(params: SamplingParams, text: ModelText) -> tuple[int, ...]:
     return params.stop_token_ids if params.ignore_eos else params.stop_token_ids + text.generation.eos_ids
 
 
-def _draw_seed() -> int:
+def draw_seed() -> int:
+    """For who names none."""
     return secrets.randbits(63)

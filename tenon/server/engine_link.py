@@ -78,6 +78,10 @@ class EngineLink:
                     pass_fds=(self._pulse.fd,),
                 )  # fmt: skip
                 connected = await self._accept(listener)
+        except OSError:
+            self._closing = True
+            self._pulse.close()
+            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if connected is None:

@@ -15,6 +15,7 @@ import msgspec
 from tenon.base.errors import TenonError
 from tenon.engine import messages as m
 from tenon.server.failures import Refusal
+from tenon.server.keys import Caller
 
 
 class Ending(Protocol):
@@ -31,6 +32,7 @@ class Flight:
 
     add: m.Add
     job: Job
+    caller: Caller
     base: int
     open: set[int]
     names: dict[int, str]
@@ -38,7 +40,11 @@ class Flight:
     outputs: dict[int, list[int]] = field(default_factory=dict)
     """Tokens of each sequence that has begun."""
     n_again: int = 0
-    """Engines that died under it."""
+    """Engines that died under it since it was last cleared of ending them."""
+    n_deaths: int = 0
+    """All engines that died under it."""
+    n_asked: int = 0
+    """How often it was asked for again."""
     accepted: bool = False
     cached_tokens: int = 0
     n_output: int = 0
@@ -129,15 +135,17 @@ class Job:
 
 def again(flight: Flight) -> list[m.Add]:
     """What to ask the next engine for: the whole request if nothing of it has begun, each open sequence by itself
-    otherwise. All have begun where one has."""
+    otherwise. Names are new, so that nothing is mistaken for what came of it before."""
     add = flight.add
+    flight.n_asked += 1
+    name = f"{add.request_id}~{flight.n_asked}"
     if not flight.outputs:
         flight.scores.clear()
-        return [msgspec.structs.replace(add, again=True)]
+        return [msgspec.structs.replace(add, request_id=name, again=True)]
     return [
         msgspec.structs.replace(
             add,
-            request_id=f"{add.request_id}#{index}",
+            request_id=f"{name}#{index}",
             n=1,
             index=index,
             outputs=tuple(flight.outputs.get(index, ())),

@@ -164,10 +164,10 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
     """Raises ``RequestError`` naming the field."""
-    raw = _without_not_yet(json_object(body), NOT_YET, "")
+    raw = without_not_yet(json_object(body), NOT_YET, "")
     prompt = raw.get("prompt")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) and len(prompt) > limits.max_prompts:
-        raise _too_many("prompt", len(prompt), limits.max_prompts)
+        raise too_many("prompt", len(prompt), limits.max_prompts)
     request = convert(raw, CompletionRequest)
     if request.best_of is not None:
         _check_best_of(request, request.best_of)
@@ -185,7 +185,7 @@ def _check_best_of(request: CompletionRequest, best_of: int) -> None:
 
 def parse_chat(body: bytes, limits: Limits) -> ChatRequest:
     """Raises ``RequestError`` naming the field."""
-    raw = _without_not_yet(json_object(body), NOT_YET, "")
+    raw = without_not_yet(json_object(body), NOT_YET, "")
     check_messages(raw, limits)
     request = convert(raw, ChatRequest)
     if request.max_tokens is not None and request.max_completion_tokens is not None:
@@ -205,11 +205,11 @@ def check_messages(raw: dict[str, Any], limits: Limits) -> None:
     messages = raw.get("messages")
     if isinstance(messages, list):
         if len(messages) > limits.max_messages:
-            raise _too_many("messages", len(messages), limits.max_messages)
+            raise too_many("messages", len(messages), limits.max_messages)
         if not messages:
             raise RequestError("messages must hold at least one message", param="messages", code="invalid_value")
         raw["messages"] = [
-            _without_not_yet(m, _MESSAGE_NOT_YET, f"messages[{i}].") if isinstance(m, dict) else m
+            without_not_yet(m, _MESSAGE_NOT_YET, f"messages[{i}].") if isinstance(m, dict) else m
             for i, m in enumerate(messages)
         ]
 
@@ -299,7 +299,8 @@ def json_object(body: bytes) -> dict[str, Any]:
     return raw
 
 
-def _without_not_yet(raw: dict[str, Any], table: dict[str, tuple[Any, ...]], prefix: str) -> dict[str, Any]:
+def without_not_yet(raw: dict[str, Any], table: dict[str, tuple[Any, ...]], prefix: str) -> dict[str, Any]:
+    """``raw`` without what asks for nothing. Raises ``RequestError`` for what is in ``table`` and asks for more."""
     for name in raw.keys() & table.keys():
         if not any(_same(raw[name], neutral) for neutral in table[name]):
             raise RequestError(
@@ -346,5 +347,6 @@ def _explained(said: str, kind: type[msgspec.Struct]) -> RequestError:
     return RequestError(f"{path or 'the body'} is wrong: {said[:1].lower()}{said[1:]}", param=path, code="invalid_type")
 
 
-def _too_many(name: str, count: int, limit: int) -> RequestError:
+def too_many(name: str, count: int, limit: int) -> RequestError:
+    """The error for a list that is too long."""
     return RequestError(f"{name} has {count} entries; the limit is {limit}", param=name, code="too_much_work")

@@ -204,10 +204,14 @@ class CompletionFace:
 
 def sse(value: Any) -> bytes:
     """One server-sent event: one line by any reading, for many clients end lines at U+0085, U+2028 and U+2029 too."""
-    data = msgspec.json.encode(value)
+    return b"data: " + line_safe(msgspec.json.encode(value)) + b"\n\n"
+
+
+def line_safe(data: bytes) -> bytes:
+    """JSON that no client takes for several lines."""
     for separator, escaped in _SEPARATORS:
         data = data.replace(separator, escaped)
-    return b"data: " + data + b"\n\n"
+    return data
 
 
 def stream_chunk(face: Face, choice: Json, usage: Callable[[], Json | None] | None) -> bytes:

@@ -34,6 +34,7 @@ from tenon.server.app import build_app
 from tenon.server.completions import Completions
 from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
+from tenon.server.keys import KeyRing
 from tenon.server.limits import Limits, guarded_protocol
 from tenon.server.model_text import load_model_text
 from tenon.server.service import Service
@@ -47,14 +48,15 @@ _log = logging.getLogger("tenon.server")
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """One server. ``allow_remote`` must be said to listen beyond loopback, for there are no keys: whoever reaches the
-    port may use the model. Raises ``ConfigError`` naming the field.
+    """One server. ``keys`` is a file (:mod:`tenon.server.keys`); without one, ``allow_remote`` must be said to listen
+    beyond loopback, for whoever reaches the port may use the model. Raises ``ConfigError`` naming the field.
     """
 
     engine: EngineConfig
     host: str = "127.0.0.1"
     port: int = 8000
     allow_remote: bool = False
+    keys: Path | None = None
     served_name: str | None = None
     drain_s: float = 30.0
     record_folder: Path | None = None
@@ -67,10 +69,10 @@ class ServeConfig:
             raise ConfigError(f"drain_s must be at least 0, got {self.drain_s}", subject="drain_s")
         if self.limits.replays < 0:
             raise ConfigError(f"replays must be at least 0, got {self.limits.replays}", subject="replays")
-        if not self.allow_remote and not is_loopback(self.host):
+        if not self.allow_remote and self.keys is None and not is_loopback(self.host):
             raise ConfigError(
                 f"host {self.host} is reachable from other machines and there are no keys: whoever reaches the port "
-                f"can use the model; add --allow-remote if that is meant",
+                f"can use the model; give --keys FILE, or add --allow-remote if that is meant",
                 subject="host",
             )
 
@@ -106,7 +108,8 @@ def is_loopback(host: str) -> bool:
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ``ResourceError`` saying what is in the way."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # TCP is named, for asyncio sends small pieces at once (TCP_NODELAY) only where it knows that it is TCP: 40 ms each.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
@@ -143,7 +146,10 @@ class Server:
         self._supervisor: Supervisor | None = None
         self._stop = asyncio.Event()
         self._death: tuple[str, str] | None = None
-        app = build_app(self._service, self._completions, loopback_only=is_loopback(config.host))
+        self._keys = KeyRing(config.keys, SYSTEM) if config.keys is not None else None
+        app = build_app(
+            self._service, self._completions, loopback_only=is_loopback(config.host), keys=self._keys
+        )  # fmt: skip
         self._http = _HttpServer(
             uvicorn.Config(
                 app, http=guarded_protocol(config.limits), ws="none", lifespan="off", log_config=None, access_log=False,
@@ -157,6 +163,7 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         serving = asyncio.create_task(self._http.serve(sockets=[sock]))
         loading = asyncio.create_task(self._load(_url(self._config.host, sock)))
         try:
@@ -195,6 +202,9 @@ class Server:
         except TenonError as error:
             self._on_failure(str(error), "")
             return
+        except OSError as error:
+            self._on_failure(f"the engine cannot be started: {error.strerror or error}", "")
+            return
         await self._service.settled.wait()
         if self._service.ready is not None and self._death is None:
             self._console.ready(url, self._config.model_name, self._service.ready)
@@ -218,6 +228,16 @@ class Server:
             self._death = (message, trace)
             self._service.engine_died(message)
             self._stop.set()
+
+    def _reload(self) -> None:
+        """SIGHUP: the key file again, whole or not at all."""
+        if self._keys is None:
+            _log.warning("SIGHUP reloads the key file, and there is none")
+            return
+        try:
+            self._keys.reload()
+        except ConfigError as error:
+            _log.error("the old keys stay: %s", error)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if not self._stop.is_set():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any, Final
@@ -21,11 +22,14 @@ from tenon.engine import messages as m
 from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
 from tenon.server.flights import Flight, Job, again
+from tenon.server.keys import Caller
 from tenon.server.limits import Limits
 from tenon.server.metrics import Reading, ServerMetrics, engine_readings, render
 
 STATS_EVERY_S: Final = 0.12
 KV_EVENTS_AT_ONCE: Final = 1024
+MOST_DEATHS: Final = 20
+"""Engines that a request may see die, whoever ends them: some may die of company."""
 
 _log = logging.getLogger("tenon.server")
 
@@ -60,6 +64,9 @@ class Service:
         self._is_lost = False
         """Whether the engine has ended and the next one is not ready yet."""
         self._flights: dict[str, Flight] = {}
+        self._suspects: deque[Flight] = deque()
+        self._probed: Flight | None = None
+        """The suspect that the present engine is at."""
         self._served: dict[str, Flight] = {}
         """By what the present engine calls them."""
         self._emptied = asyncio.Event()
@@ -148,16 +155,20 @@ class Service:
     def engine_lost(self, message: str, n_failures: int) -> None:
         """There will be another one; the last ``n_failures`` ended before they served. Requests in flight wait for it,
         save those that too many engines have died under, and all of them where engines do not even start."""
+        under = set(self._served.values()) if n_failures == 0 else set(self._flights.values())
         self._is_lost = True
+        self._suspects.clear()
+        self._probed = None
         self._send = _nobody
         self._served.clear()
         self.metrics.restarts.add()
         often = f"; the last {n_failures} ended before they were ready" if n_failures else ""
         if self.state is not State.DRAINING:
             self._enter(State.RESTARTING, f"the engine is started again: {message}{often}")
-        for flight in list(self._flights.values()):
+        for flight in [flight for flight in self._flights.values() if flight in under]:
             flight.n_again += 1
-            if flight.n_again > self.limits.replays:
+            flight.n_deaths += 1
+            if flight.n_again > self.limits.replays or flight.n_deaths > MOST_DEATHS:
                 self._lose(flight, message)
 
     def _lose(self, flight: Flight, message: str) -> None:
@@ -165,23 +176,58 @@ class Service:
         flight.job.fail(Refusal(message, status=503, code="engine_dead", retry_after_s=5.0), "error")
 
     def _go_on(self) -> None:
-        """Another engine is ready: it takes over what is in flight, in the order in which it came."""
+        """Another engine is ready. It takes over what is in flight, in the order in which it came.
+
+        If there are some that would be given up with this engine, one of them may be what kills them. Then each of
+        these comes alone first, until it has got a token; all others wait, and new ones are not taken.
+        """
         self._is_lost = False
+        self._suspects = deque(one for one in self._flights.values() if one.n_again >= max(1, self.limits.replays))
+        if self._suspects and self.state is State.RESTARTING:
+            self._enter(State.RESTARTING, f"which of {len(self._suspects)} requests ends the engine is being found out")
+        self._probe()
+
+    def _probe(self) -> None:
+        """The next suspect, or, when there is none left, all that are in flight."""
+        self._probed = self._suspects.popleft() if self._suspects else None
+        self._progress_s = self.clock.now_s()
+        if self._probed is not None:
+            self._hand_over(self._probed)
+            return
         if self.state is State.RESTARTING:
             self._enter(State.READY, "")
-        self._progress_s = self.clock.now_s()
-        for flight in list(self._flights.values()):
-            self.metrics.replays.add()
-            for add in again(flight):
-                self._served[add.request_id] = flight
-                for index in range(add.index, add.index + add.n):
-                    flight.names[index] = add.request_id
-                self._tell(add)
+        for flight in self._flights.values():
+            self._hand_over(flight)
+
+    def _hand_over(self, flight: Flight) -> None:
+        self.metrics.replays.add()
+        for add in again(flight):
+            self._served[add.request_id] = flight
+            for index in range(add.index, add.index + add.n):
+                flight.names[index] = add.request_id
+            self._tell(add)
+
+    def _take_back(self, flight: Flight) -> None:
+        """The engine is to forget it; what still comes of it is dropped."""
+        for name in {flight.names[index] for index in flight.open}:
+            self._tell(m.Abort(name))
+        for name in set(flight.names.values()):
+            self._served.pop(name, None)
+
+    def _cleared(self, flight: Flight) -> None:
+        """It has got a token, or is over, and the engine lives."""
+        if flight is self._probed:
+            flight.n_again = self.limits.replays - 1
+            self._take_back(flight)
+            self._probe()
+        elif flight in self._suspects:
+            self._suspects.remove(flight)
 
     # What requests ask for.
 
-    def submit(self, adds: Sequence[m.Add]) -> Job:
-        """Hand these prompts to the engine. Raises ``Refusal``: 503 when not ready, 429 when too much is in flight."""
+    def submit(self, adds: Sequence[m.Add], caller: Caller) -> Job:
+        """Hand these prompts to the engine. Raises ``Refusal``: 503 when not ready, 429 when too much is in flight or
+        the caller's tokens are used up."""
         self.require_ready()
         n_new = sum(add.n for add in adds)
         n_open = sum(len(flight.open) for flight in self._flights.values())
@@ -192,12 +238,14 @@ class Service:
                 code="rate_limit_exceeded",
                 retry_after_s=1.0,
             )
+        caller.take_tokens(sum(len(add.prompt) + add.n * add.max_tokens for add in adds))
         job = Job(self, self.limits.queued_deltas)
         base = 0
         if not self._flights:
             self._progress_s = self.clock.now_s()
         for add in adds:
-            flight = Flight(add, job, base, set(range(add.n)), dict.fromkeys(range(add.n), add.request_id))
+            names = dict.fromkeys(range(add.n), add.request_id)
+            flight = Flight(add, job, caller, base, set(range(add.n)), names)
             base += add.n
             job.flights.append(flight)
             self._flights[add.request_id] = self._served[add.request_id] = flight
@@ -236,8 +284,7 @@ class Service:
     def give_up(self, flight: Flight, reason: str) -> None:
         """Abort what is left of a request; nothing if it has ended."""
         if flight.add.request_id in self._flights:
-            for name in {flight.names[index] for index in flight.open}:
-                self._tell(m.Abort(name))
+            self._take_back(flight)
             self._end(flight, reason)
 
     # Lifecycle.
@@ -328,15 +375,19 @@ class Service:
             flight.reasons.add(delta.finish_reason)
             if not flight.open:
                 self._end(flight, _outcome(flight.reasons))
+        if flight.open:
+            self._cleared(flight)
         flight.job.put(flight, delta)
 
     def _end(self, flight: Flight, reason: str) -> None:
         del self._flights[flight.add.request_id]
         for name in set(flight.names.values()):
             self._served.pop(name, None)
+        self._cleared(flight)
         if not self._flights:
             self._emptied.set()
         flight.open.clear()
+        flight.caller.give_tokens_back(flight.add.n * flight.add.max_tokens - flight.n_output)
         now_s = self.clock.now_s()
         e2e_s = now_s - flight.add.arrival_s
         self.metrics.finished.add(1, reason)

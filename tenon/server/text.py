@@ -128,6 +128,11 @@ class OutputText:
         self.n_tokens = 0
         self.finished = False
 
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._scanner.found
+
     def push(self, delta: Delta) -> Piece:
         """Take a delta. The piece's ``finish_reason`` is "stop" where a stop string was completed."""
         text = ""

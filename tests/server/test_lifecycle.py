@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import httpx
 import pytest
 
 from tenon.base.records import read_records
+from tenon.server.run import bind
 from tests.server.conftest import PATIENCE_S, Running, free_port, wait_for
 
 Start = Callable[..., Running]
@@ -122,6 +125,26 @@ def test_a_port_that_is_taken(server: Running, model_folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"tenon: port {port} on 127.0.0.1 is taken; choose another with --port\n"
+
+
+def test_connections_send_small_pieces_at_once() -> None:
+    """Otherwise the end of an answer waits for the other side to acknowledge its beginning, which takes 40 ms."""
+
+    async def nodelay() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            sock = writer.get_extra_info("socket")
+            found.set_result(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listening = bind("127.0.0.1", 0)
+        async with await asyncio.start_server(connected, sock=listening):
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            writer.close()
+            return await found
+
+    assert asyncio.run(nodelay())
 
 
 def test_remote_hosts_must_be_meant(model_folder: Path) -> None:

@@ -145,7 +145,7 @@ async function ask(prompt) {
   try {
     const response = await fetch(completing ? "/v1/completions" : "/v1/chat/completions", {
       method: "POST",
-      headers: { "content-type": "application/json" },
+      headers: { "content-type": "application/json", ...authorization() },
       signal: turn.abort.signal,
       body: JSON.stringify({
         model: view.model,
@@ -155,6 +155,7 @@ async function ask(prompt) {
         stream_options: { include_usage: true, continuous_usage_stats: true },
       }),
     });
+    if (response.status === 401) lock();
     if (!response.ok) throw new Error(await failure(response));
     for await (const event of serverEvents(response)) {
       const choice = event.choices[0];
@@ -298,11 +299,13 @@ function showEmpty() {
     restarting: ["Starting the engine again", "What was in flight will go on."],
     draining: ["Shutting down", "Requests in flight are being finished."],
     dead: ["The engine has stopped", view.reason ?? ""],
+    locked: ["This server wants a key", view.reason ?? ""],
     offline: ["No connection", "The server does not answer; trying again."],
   }[view.state];
   $("greeting").textContent = words[0];
   $("hint").textContent = words[1];
   $("chips").hidden = view.state !== "ready";
+  $("lock").hidden = view.state !== "locked";
   $("chips").replaceChildren(...SAMPLES[settings.mode].map((text) => {
     const chip = element("button", "", text.trim().split("\n").at(-1));
     chip.type = "button";
@@ -320,19 +323,50 @@ function showComposer() {
   send.disabled = !view.turn && (!ready || $("input").value.trim() === "");
 }
 
-function watch() {
-  const source = new EventSource("/events?residency=1");
-  source.onmessage = (message) => {
-    const event = JSON.parse(message.data);
-    if (event.v === 1) on[event.kind]?.(event);
-  };
-  source.onerror = () => {
-    if (view.state !== "dead") view.state = "offline";
-    stats = null;
-    showState();
-    if (source.readyState === EventSource.CLOSED) setTimeout(watch, 2000);
-  };
+async function watch() {
+  try {
+    const response = await fetch("/events?residency=1", { headers: authorization(), cache: "no-store" });
+    if (response.status === 401) { lock(); return; }
+    if (response.status === 403) { await unwatched(); return; }
+    if (response.ok) for await (const event of serverEvents(response)) if (event.v === 1) on[event.kind]?.(event);
+  } catch { /* the server is gone, which is told here */ }
+  if (view.state !== "dead") view.state = "offline";
+  stats = null;
+  showState();
+  setTimeout(watch, 2000);
 }
+
+// --- Keys ---------------------------------------------------------------------------------------------------------
+
+function authorization() {
+  const key = sessionStorage.getItem("tenon.key");
+  return key ? { authorization: `Bearer ${key}` } : {};
+}
+
+function lock() {
+  view.reason = sessionStorage.getItem("tenon.key") ? "The key that was given is not known here." : "";
+  sessionStorage.removeItem("tenon.key");
+  view.state = "locked";
+  showState();
+  $("key").focus();
+}
+
+// A key that may not watch: the page talks, and looks whether the server is ready.
+async function unwatched() {
+  const models = await (await fetch("/v1/models", { headers: authorization() })).json();
+  const ready = await fetch("/readyz");
+  on.state({ state: ready.ok ? "ready" : "loading", reason: "", model: models.data[0].id });
+  setTimeout(() => unwatched().catch(watch), 5000);
+}
+
+$("lock").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("tenon.key", $("key").value.trim());
+  $("key").value = "";
+  view.state = "connecting";
+  showState();
+  watch();
+});
 
 // --- Wiring -------------------------------------------------------------------------------------------------------
 

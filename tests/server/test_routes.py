@@ -1,0 +1,162 @@
+"""Limits of every route, generated from the application's table: a route that is not listed here fails."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import httpx
+import pytest
+from starlette.routing import Route
+
+from tenon.base.clock import ManualClock
+from tenon.server.app import build_app
+from tenon.server.completions import Completions
+from tenon.server.events import EventHub
+from tenon.server.limits import Limits
+from tenon.server.service import Service
+from tests.server.conftest import PATIENCE_S, Running
+from tests.server.test_limits import connect, read_all
+
+HELLO = [{"role": "user", "content": "hello"}]
+SOUND: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"model": "tiny", "prompt": "hello", "max_tokens": 2},
+    "/v1/chat/completions": {"model": "tiny", "messages": HELLO, "max_tokens": 2},
+    "/v1/messages": {"model": "tiny", "messages": HELLO, "max_tokens": 2},
+    "/v1/messages/count_tokens": {"model": "tiny", "messages": HELLO},
+    "/v1/responses": {"model": "tiny", "input": "hello", "max_output_tokens": 2},
+    "/tokenize": {"prompt": "hello"},
+    "/detokenize": {"tokens": [1, 2, 3]},
+}
+"""A body that each route takes."""
+GETS = {
+    "/v1/models", "/v1/models/{name:path}", "/tokenizer_info", "/livez", "/health", "/readyz", "/metrics", "/events",
+    "/", "/page.js", "/map.js", "/page.css",
+}  # fmt: skip
+PATHS = sorted(SOUND)
+NESTED = {"[": b"[" * 200_000, "{": b'{"a":' * 200_000, "prompt": b'{"model":"tiny","prompt":' + b"[" * 200_000}
+
+
+def table() -> dict[str, set[str]]:
+    """Paths and their methods."""
+    clock = ManualClock()
+    service = Service(model="tiny", limits=Limits(), clock=clock, events=EventHub(clock, bound=10))
+    app = build_app(service, Completions(service), loopback_only=True)
+    return {route.path: set(route.methods or ()) for route in app.routes if isinstance(route, Route)}
+
+
+def post(server: Running, path: str, content: bytes) -> httpx.Response:
+    return httpx.post(server.url + path, content=content, timeout=PATIENCE_S)
+
+
+def assert_told(response: httpx.Response, status: int) -> str:
+    """An error of this status in the shape of the route's API; returns what it says."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert isinstance(error["type"], str)
+    return str(error["message"])
+
+
+def test_every_route_is_tested_here() -> None:
+    posts = {path for path, methods in table().items() if "POST" in methods}
+    assert posts == set(SOUND)
+    assert set(table()) - posts == GETS
+    assert all(methods <= {"GET", "HEAD", "POST"} for methods in table().values())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_sound_body_is_taken(server: Running, path: str) -> None:
+    assert post(server, path, json.dumps(SOUND[path]).encode()).status_code == 200
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_too_many_bytes(server: Running, path: str) -> None:
+    with connect(server) as sock:
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 999999999\r\n\r\n{{"
+        sock.sendall(head.encode())
+        assert sock.recv(65536).startswith(b"HTTP/1.1 413 ")
+    with connect(server) as sock:
+        sock.sendall(f"POST {path} HTTP/1.1\r\nhost: localhost\r\nx: {'a' * 20_000}\r\n\r\n".encode())
+        assert read_all(sock).startswith(b"HTTP/1.1 431 ")
+
+    def chunks() -> Any:
+        for _ in range(40):
+            yield b" " * 262_144
+
+    assert_told(httpx.post(server.url + path, content=chunks(), timeout=PATIENCE_S), 413)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"7", b'"x"', b"\xff\xfe", b'{"model": "\xff"}'])
+def test_what_is_no_object(server: Running, path: str, body: bytes) -> None:
+    assert_told(post(server, path, body), 400)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("how", NESTED)
+def test_deep_bodies(server: Running, path: str, how: str) -> None:
+    assert_told(post(server, path, NESTED[how]), 400)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_unknown_fields_are_named(server: Running, path: str) -> None:
+    body = SOUND[path] | {"no_such_field": 1}
+    assert "no_such_field" in assert_told(post(server, path, json.dumps(body).encode()), 400)
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if "messages" in SOUND[path]])
+def test_too_many_messages(server: Running, path: str) -> None:
+    body = SOUND[path] | {"messages": HELLO * 4097}
+    assert "4097" in assert_told(post(server, path, json.dumps(body).encode()), 400)
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if "model" in SOUND[path]])
+def test_other_models_are_not_there(server: Running, path: str) -> None:
+    body = SOUND[path] | {"model": "other"}
+    assert "other" in assert_told(post(server, path, json.dumps(body).encode()), 404)
+
+
+VALUES: list[Any] = [
+    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, 1e308, "", "x", "\u0000", "\ud7ff",
+    "a" * 70_000, [], [None], [[]], [-1], [2**63], ["x"] * 200, {}, {"a": 1}, {"5": 1e9},
+    [{"role": "user", "content": "a"}],
+]  # fmt: skip
+
+
+def mutated(random_: random.Random, path: str) -> dict[str, Any]:
+    """A sound body with one to three fields replaced, added or left out."""
+    fields = [
+        "model", "prompt", "messages", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "seed", "stop",
+        "stream", "logprobs", "top_logprobs", "echo", "best_of", "logit_bias", "bad_words", "min_tokens",
+        "presence_penalty", "frequency_penalty", "repetition_penalty", "stop_token_ids", "ignore_eos", "stream_options",
+        "user", "system",
+        "stop_sequences", "tokens", "tools", "response_format", "max_completion_tokens", "add_special_tokens", "input",
+        "instructions", "max_output_tokens", "store",
+    ]  # fmt: skip
+    body = dict(SOUND[path])
+    for _ in range(random_.randint(1, 3)):
+        field, value = random_.choice(fields), random_.choice([*VALUES, "leave out"])
+        if value == "leave out":
+            body.pop(field, None)
+        else:
+            body[field] = value
+    return body
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_whatever_a_field_holds_it_is_answered(server: Running, path: str) -> None:
+    """No 500, nothing in flight that stays, and the server serves on."""
+    draws = random.Random(path)
+    statuses = set()
+    with httpx.Client(timeout=PATIENCE_S) as client:
+        for _ in range(300):
+            body = mutated(draws, path)
+            response = client.post(server.url + path, content=json.dumps(body).encode())
+            assert response.status_code in (200, 400, 404, 413), (body, response.text)
+            statuses.add(response.status_code)
+            if response.status_code != 200:
+                assert_told(response, response.status_code)
+    assert {200, 400} <= statuses
+    assert server.metrics()["tenon_requests_running"] == 0
+    assert post(server, path, json.dumps(SOUND[path]).encode()).status_code == 200

@@ -1,0 +1,155 @@
+"""Requests in flight when engines die: who kills them is found out, and nobody else pays."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tenon.base.clock import ManualClock
+from tenon.engine import messages as m
+from tenon.server.events import EventHub
+from tenon.server.flights import Job
+from tenon.server.keys import Caller
+from tenon.server.limits import Limits
+from tenon.server.service import Service
+
+READY = m.Ready("tiny", 4096, 1000, (), 100, 16, 1000)
+
+
+class Engine:
+    """Gives every sequence a token a step: its position. Dies at the tokens in ``deadly``: (prompt, position)."""
+
+    def __init__(self, service: Service, deadly: set[tuple[int, int]]) -> None:
+        self.service, self.deadly = service, deadly
+        self.adds: dict[str, m.Add] = {}
+        self.done: dict[tuple[str, int], int] = {}
+        service.attach(self.hear)
+        service.receive(READY)
+
+    def hear(self, message: m.ToEngine) -> None:
+        if isinstance(message, m.Add):
+            self.adds[message.request_id] = message
+            for index in range(message.index, message.index + message.n):
+                self.done[message.request_id, index] = len(message.outputs)
+            self.service.receive(m.Accepted(message.request_id))
+        elif isinstance(message, m.Abort):
+            for key in [key for key in self.done if key[0] == message.request_id and message.index in (-1, key[1])]:
+                del self.done[key]
+
+    def step(self) -> bool:
+        """False if it has died."""
+        if any((self.adds[name].prompt[0], at) in self.deadly for (name, _), at in self.done.items()):
+            return False
+        deltas = []
+        for (name, index), at in list(self.done.items()):
+            self.done[name, index] = at + 1
+            ends = at + 1 == self.adds[name].max_tokens
+            if ends:
+                del self.done[name, index]
+            deltas.append(m.Delta(name, index, (at,), "length" if ends else None))
+        self.service.receive(m.Outputs(1, tuple(deltas)))
+        return True
+
+
+def serving(replays: int = 2) -> Service:
+    clock = ManualClock()
+    service = Service(
+        model="tiny", limits=Limits(replays=replays), clock=clock, events=EventHub(clock, bound=10)
+    )  # fmt: skip
+    service.text_loaded()
+    return service
+
+
+def run(service: Service, engine: Engine, limit: int = 200) -> int:
+    """Serve to the end, by one engine after another; returns how many died."""
+    deaths = 0
+    while service.n_running:
+        if not engine.step():
+            deaths += 1
+            assert deaths < limit
+            service.engine_lost("it died", 0)
+            engine = Engine(service, engine.deadly)
+    return deaths
+
+
+def submit(service: Service, prompts: list[int], n: int = 1, max_tokens: int = 12) -> list[Job]:
+    anybody = Caller(None, ManualClock())
+    return [service.submit([m.Add(f"r{p}", (p,), max_tokens, 0, n)], anybody) for p in prompts]
+
+
+def tokens(job: Job) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for choice, delta in job._queue:
+        found.setdefault(choice, []).extend(delta.ids)
+    return found
+
+
+@pytest.mark.parametrize("replays", [1, 2, 5])
+@pytest.mark.parametrize("at", [0, 1, 7])
+def test_the_one_that_kills_is_the_only_one_given_up(replays: int, at: int) -> None:
+    service = serving(replays)
+    engine = Engine(service, {(3, at)})
+    jobs = submit(service, [0, 1, 2, 3, 4], n=2)
+    deaths = run(service, engine)
+    assert deaths == replays + 1
+    for i, job in enumerate(jobs):
+        assert (job._failure is not None) is (i == 3)
+        expected = list(range(at if i == 3 else 12))
+        assert tokens(job) == ({0: expected, 1: expected} if expected else {})
+
+
+def test_several_that_kill_at_several_times() -> None:
+    rng = random.Random(5)
+    for _ in range(50):
+        service = serving()
+        prompts = list(range(12))
+        deadly = {(p, rng.randrange(12)) for p in rng.sample(prompts, rng.randrange(4))}
+        engine = Engine(service, deadly)
+        jobs = submit(service, prompts, n=rng.randrange(1, 4))
+        run(service, engine)
+        killers = {p for p, _ in deadly}
+        assert {i for i, job in enumerate(jobs) if job._failure is not None} == killers
+        for i, job in enumerate(jobs):
+            if i not in killers:
+                assert all(each == list(range(12)) for each in tokens(job).values())
+        metrics = service.exposition()
+        assert "tenon_requests_running 0" in metrics
+
+
+def test_without_replays_all_are_given_up_at_once() -> None:
+    service = serving(0)
+    engine = Engine(service, set())
+    jobs = submit(service, [0, 1])
+    engine.step()
+    service.engine_lost("it died", 0)
+    assert service.n_running == 0
+    assert all(job._failure is not None for job in jobs)
+
+
+def test_engines_that_do_not_start_give_everybody_up() -> None:
+    service = serving(2)
+    engine = Engine(service, set())
+    jobs = submit(service, [0, 1])
+    engine.step()
+    for n_failures in (0, 1, 2):
+        assert service.n_running == 2
+        service.engine_lost("no weights", n_failures)
+    assert service.n_running == 0
+    assert all(job._failure is not None for job in jobs)
+    assert "the last 2 ended before they were ready" in str(service.unready_because())
+
+
+def test_who_leaves_while_it_is_held_back_holds_nobody_up() -> None:
+    service = serving(1)
+    Engine(service, set())
+    jobs = submit(service, [0, 1, 2])
+    service.engine_lost("it died", 0)
+    engine = Engine(service, set())
+    assert len(engine.adds) == 1
+    jobs[1].abort()
+    jobs[0].abort()
+    assert {add.prompt[0] for add in engine.adds.values()} == {0, 2}
+    while service.n_running:
+        assert engine.step()
+    assert tokens(jobs[2]) == {0: list(range(12))}
