@@ -74,7 +74,7 @@ def test_a_stop_sequence_is_named(server: Running) -> None:
 
 
 def test_a_stream_s_events_come_in_order(server: Running) -> None:
-    asked = {"model": "tiny", "max_tokens": 5, "messages": HELLO, "stream": True}
+    asked = {"model": "tiny", "max_tokens": 5, "messages": HELLO, "stream": True, "temperature": 0}
     with httpx.stream("POST", server.url + "/v1/messages", json=asked, timeout=PATIENCE_S) as response:
         blocks = response.read().decode().strip().split("\n\n")
     names = [block.split("\n")[0].removeprefix("event: ") for block in blocks]

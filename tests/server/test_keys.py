@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tenon.server.failures import Refusal
 from tenon.server.keys import Bucket, Caller, Key, KeyRing, read_keys
 from tenon.server.limits import Limits
 from tenon.server.service import Service
-from tests.server.conftest import PATIENCE_S, Running, wait_for
+from tests.server.conftest import PATIENCE_S, Running, start, wait_for
 
 Start = Callable[..., Running]
 
@@ -62,6 +62,17 @@ def keyed(own_server: Start, key_file: Path) -> Running:
     return own_server("--keys", str(key_file))
 
 
+@pytest.fixture(scope="module")
+def shared(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with these keys for tests that leave Bob's quota and the file alone."""
+    path = tmp_path_factory.mktemp("keys") / "keys.toml"
+    path.write_text(FILE)
+    running = start(model_folder, "--keys", str(path))
+    yield running
+    assert running.stop() == 0
+    running.close()
+
+
 def complete(server: Running, key: str, **body: Any) -> httpx.Response:
     asked = {"prompt": [7] * 100, "max_tokens": 1, "ignore_eos": True} | body
     return server.post("/v1/completions", asked, headers=bearer(key))
@@ -88,10 +99,10 @@ HOSTILE = [
 KEYLESS = [{}, bearer("wrong-0123456789abcdef"), {"authorization": "Basic " + ALICE}, {"x-api-key": ""}]
 
 
-def test_nothing_but_probes_and_the_page_answers_without_a_key(keyed: Running) -> None:
+def test_nothing_but_probes_and_the_page_answers_without_a_key(shared: Running) -> None:
     asked = [*routes(), *(("GET", path) for path in HOSTILE)]
     assert len({path for _, path in asked}) > 15
-    with httpx.Client(base_url=keyed.url, timeout=PATIENCE_S) as client:
+    with httpx.Client(base_url=shared.url, timeout=PATIENCE_S) as client:
         for method, path in asked:
             for headers in KEYLESS:
                 request = client.build_request(method, "/", headers=headers)
@@ -106,14 +117,14 @@ def test_nothing_but_probes_and_the_page_answers_without_a_key(keyed: Running) -
                     assert response.headers["www-authenticate"] == "Bearer"
 
 
-def test_keys_open_what_they_may(keyed: Running) -> None:
-    assert complete(keyed, ALICE).status_code == 200
-    by_header = keyed.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, headers={"x-api-key": BOB})
+def test_keys_open_what_they_may(shared: Running) -> None:
+    assert complete(shared, ALICE).status_code == 200
+    by_header = shared.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, headers={"x-api-key": BOB})
     assert by_header.status_code == 200
     for path in ("/metrics", "/events"):
-        denied = httpx.get(keyed.url + path, headers=bearer(BOB), timeout=PATIENCE_S)
+        denied = httpx.get(shared.url + path, headers=bearer(BOB), timeout=PATIENCE_S)
         assert (denied.status_code, denied.json()["error"]["type"]) == (403, "permission_error")
-    assert httpx.get(keyed.url + "/metrics", headers=bearer(ALICE), timeout=PATIENCE_S).status_code == 200
+    assert httpx.get(shared.url + "/metrics", headers=bearer(ALICE), timeout=PATIENCE_S).status_code == 200
 
 
 def test_tenants_share_their_cache_and_no_other(keyed: Running) -> None:

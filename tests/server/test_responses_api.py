@@ -56,7 +56,7 @@ def test_a_conversation_goes_back_as_it_came(client: openai.OpenAI) -> None:
 
 
 def test_a_stream_s_events_come_in_order_and_numbered(server: Running) -> None:
-    asked = {"model": "tiny", "input": "hello", "max_output_tokens": 5, "stream": True}
+    asked = {"model": "tiny", "input": "hello", "max_output_tokens": 5, "stream": True, "temperature": 0}
     with httpx.stream("POST", server.url + "/v1/responses", json=asked, timeout=PATIENCE_S) as response:
         blocks = response.read().decode().strip().split("\n\n")
     events = [httpx.Response(200, content=block.split("\n", 1)[1].removeprefix("data: ")).json() for block in blocks]

@@ -97,8 +97,8 @@ def survive(server: Running, undisturbed: list[Any], max_tokens: int, moments: l
 
 def test_answers_are_those_of_an_undisturbed_run(own_server: Start) -> None:
     server = own_server(limits={"replays": 9})
-    undisturbed = everything(server, 600)
-    survive(server, undisturbed, 600, [0, 2000])
+    undisturbed = everything(server, 300)
+    survive(server, undisturbed, 300, [0, 1000])
     metrics = server.metrics()
     assert metrics["tenon_engine_restarts_total"] == 2
     assert metrics["tenon_requests_replayed_total"] >= 2
@@ -246,9 +246,9 @@ def test_who_leaves_between_two_engines_leaves_nothing_behind(own_server: Start)
 
 def test_a_drain_outlives_its_engine(own_server: Start) -> None:
     server = own_server()
-    undisturbed = told(server, {"seed": 1}, 3000, streamed=True)
+    undisturbed = told(server, {"seed": 1}, 1500, streamed=True)
     with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(told, server, {"seed": 1}, 3000, streamed=True)
+        stream = pool.submit(told, server, {"seed": 1}, 1500, streamed=True)
         wait_for(lambda: server.metrics()["tenon_requests_running"] > 0)
         pid = server.engine_pid()
         server.process.send_signal(signal.SIGTERM)
