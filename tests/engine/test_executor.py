@@ -11,6 +11,7 @@ import torch
 from tenon.base.errors import CheckpointError, ConfigError, IntegrityError
 from tenon.engine.build import build_engine
 from tenon.engine.config import EngineConfig
+from tenon.engine.executors.isolated import Isolated
 from tenon.engine.executors.torch import TorchExecutor
 from tenon.engine.messages import Add
 from tenon.engine.step import HIDDEN, SAMPLE, SCORE
@@ -22,9 +23,10 @@ pytestmark = pytest.mark.torch
 
 def load(folder: Path, **config: object) -> TorchExecutor:
     settings = EngineConfig(model=str(folder), **config)  # type: ignore[arg-type]
-    made = build_engine(settings, lambda *_: None).executor
-    assert isinstance(made, TorchExecutor)
-    return made
+    isolated = build_engine(settings, lambda *_: None).executor
+    assert isinstance(isolated, Isolated)
+    assert isinstance(isolated.inner, TorchExecutor)
+    return isolated.inner
 
 
 def test_an_engine_is_built_from_a_folder_and_tells_its_phases(lab: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
