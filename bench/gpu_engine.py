@@ -38,8 +38,8 @@ def logits(case: str, dtype: str) -> dict[str, float]:
         rng = torch.Generator().manual_seed(0)
         worst = {"tenon": 0.0, "transformers": 0.0}
         rows: list[tuple[list[int], torch.Tensor]] = []
-        executor = engine.executor
-        compute = executor.logits  # type: ignore[attr-defined]
+        executor = engine.executor.inner  # type: ignore[attr-defined]
+        compute = executor.logits
 
         def record(step: Any) -> Any:
             out = compute(step)
@@ -49,7 +49,7 @@ def logits(case: str, dtype: str) -> dict[str, float]:
                 rows.append((seq.tokens[: seq.n_tokens].tolist(), out[r].double().clone()))
             return out
 
-        executor.logits = record  # type: ignore[attr-defined]
+        executor.logits = record
         for i in range(12):
             length = int(torch.randint(1, 120, (1,), generator=rng))
             prompt = torch.randint(0, engine.identity.vocab_size, (length,), generator=rng).tolist()

@@ -128,7 +128,7 @@ class Tenon:
 
         from tenon.engine.executors.stack import Stack
 
-        forward, batch = self._engine.executor.forward, self._cell["batch"]
+        forward, batch = self._engine.executor.inner.forward, self._cell["batch"]
         if isinstance(forward, Stack):
             device = torch.device("cpu")
             calls: list[tuple[Any, int]] = [(product, product.K) for product in forward.products]
