@@ -116,19 +116,7 @@ def sample_rows(
     them (-1 where there is none); logits of width 0 say that all rows are greedy and plain. A row that cannot be
     sampled is an error of its sequence alone.
     """
-    R = step.n_outputs
-    k = max(0, int(step.params.n_logprobs.max(initial=-1)))
-    result = StepResult(
-        ids=np.full(R, -1, np.int32),
-        logprobs=np.full(R, np.nan, np.float32),
-        top_ids=np.full((R, k), -1, np.int32),
-        top_logprobs=np.full((R, k), np.nan, np.float32),
-        scores=np.full(len(step.score_token), np.nan, np.float32),
-        hidden=np.zeros((0, 0), np.float32),
-        transfers_done=np.zeros(0, np.int64),
-        start_s=0.0,
-        end_s=0.0,
-    )
+    result = StepResult.nothing(step, max(0, int(step.params.n_logprobs.max(initial=-1))))
     plain_R = (step.bitmask_index < 0) & (np.diff(step.edit_start) == 0)
     if greedy is not None and plain_R.all() and logits_RV.shape[1] == 0:
         result.ids[: len(greedy)] = greedy

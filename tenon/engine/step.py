@@ -211,3 +211,19 @@ class StepResult:
     start_s: float
     end_s: float
     errors: dict[int, str] = field(default_factory=dict)
+
+    @staticmethod
+    def nothing(step: Step, k: int, n_hidden: int = 0, width: int = 0) -> StepResult:
+        """Of a step of which nothing is known yet: ``k`` best ids, ``n_hidden`` rows of hidden states."""
+        R = step.n_outputs
+        return StepResult(
+            ids=np.full(R, -1, np.int32),
+            logprobs=np.full(R, np.nan, np.float32),
+            top_ids=np.full((R, k), -1, np.int32),
+            top_logprobs=np.full((R, k), np.nan, np.float32),
+            scores=np.full(len(step.score_token), np.nan, np.float32),
+            hidden=np.full((n_hidden, width), np.nan, np.float32),
+            transfers_done=np.zeros(0, np.int64),
+            start_s=0.0,
+            end_s=0.0,
+        )

@@ -18,7 +18,7 @@ from tenon.server.completions import Answer
 from tenon.server.failures import status_of
 from tenon.server.flights import Job
 from tenon.server.limits import Limits
-from tenon.server.protocol import convert, json_object, too_many, without_not_yet
+from tenon.server.protocol import check_count, convert, json_object, without_not_yet
 from tenon.server.responses import Head, Json, line_safe
 
 PATH: Final = "/v1/messages"
@@ -119,12 +119,7 @@ def parse_count(body: bytes, limits: Limits) -> Conversation:
 
 def _raw(body: bytes, limits: Limits) -> dict[str, Any]:
     raw = without_not_yet(json_object(body), NOT_YET, "")
-    messages = raw.get("messages")
-    if isinstance(messages, list):
-        if len(messages) > limits.max_messages:
-            raise too_many("messages", len(messages), limits.max_messages)
-        if not messages:
-            raise RequestError("messages must hold at least one message", param="messages", code="invalid_value")
+    check_count(raw, "messages", limits)
     return raw
 
 

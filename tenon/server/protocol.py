@@ -167,7 +167,7 @@ def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
     raw = without_not_yet(json_object(body), NOT_YET, "")
     prompt = raw.get("prompt")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) and len(prompt) > limits.max_prompts:
-        raise too_many("prompt", len(prompt), limits.max_prompts)
+        raise _too_many("prompt", len(prompt), limits.max_prompts)
     request = convert(raw, CompletionRequest)
     if request.best_of is not None:
         _check_best_of(request, request.best_of)
@@ -202,16 +202,24 @@ def parse_chat(body: bytes, limits: Limits) -> ChatRequest:
 
 def check_messages(raw: dict[str, Any], limits: Limits) -> None:
     """Count a body's messages, and drop from them what asks for nothing. Raises ``RequestError``."""
+    check_count(raw, "messages", limits)
     messages = raw.get("messages")
     if isinstance(messages, list):
-        if len(messages) > limits.max_messages:
-            raise too_many("messages", len(messages), limits.max_messages)
-        if not messages:
-            raise RequestError("messages must hold at least one message", param="messages", code="invalid_value")
         raw["messages"] = [
             without_not_yet(m, _MESSAGE_NOT_YET, f"messages[{i}].") if isinstance(m, dict) else m
             for i, m in enumerate(messages)
         ]
+
+
+def check_count(raw: dict[str, Any], name: str, limits: Limits) -> None:
+    """A conversation's messages, before they are looked at. Raises ``RequestError`` for none or too many."""
+    items = raw.get(name)
+    if not isinstance(items, list):
+        return
+    if len(items) > limits.max_messages:
+        raise _too_many(name, len(items), limits.max_messages)
+    if not items:
+        raise RequestError(f"{name} must hold at least one message", param=name, code="invalid_value")
 
 
 def sampling_params(
@@ -347,6 +355,5 @@ def _explained(said: str, kind: type[msgspec.Struct]) -> RequestError:
     return RequestError(f"{path or 'the body'} is wrong: {said[:1].lower()}{said[1:]}", param=path, code="invalid_type")
 
 
-def too_many(name: str, count: int, limit: int) -> RequestError:
-    """The error for a list that is too long."""
+def _too_many(name: str, count: int, limit: int) -> RequestError:
     return RequestError(f"{name} has {count} entries; the limit is {limit}", param=name, code="too_much_work")

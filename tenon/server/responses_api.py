@@ -20,7 +20,7 @@ from tenon.server.completions import Answer
 from tenon.server.failures import body_of
 from tenon.server.flights import Job
 from tenon.server.limits import Limits
-from tenon.server.protocol import ROLES, convert, json_object, too_many, without_not_yet
+from tenon.server.protocol import ROLES, check_count, convert, json_object, without_not_yet
 from tenon.server.responses import Head, Json, line_safe
 
 PATH: Final = "/v1/responses"
@@ -105,12 +105,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 def parse_responses(body: bytes, limits: Limits) -> ResponsesRequest:
     """Raises ``RequestError`` naming the field."""
     raw = without_not_yet(json_object(body), NOT_YET, "")
-    items = raw.get("input")
-    if isinstance(items, list):
-        if len(items) > limits.max_messages:
-            raise too_many("input", len(items), limits.max_messages)
-        if not items:
-            raise RequestError("input must hold at least one item", param="input", code="invalid_value")
+    check_count(raw, "input", limits)
     return convert(raw, ResponsesRequest)
 
 

@@ -130,21 +130,14 @@ _PER_OUTPUT: Final = ("out_seq", "out_position", "want", "params_index", "bitmas
 
 def joined(step: Step, parts: list[tuple[Part, StepResult]], errors: dict[int, str]) -> StepResult:
     """The result of ``step``: what ``parts`` found, and nothing of the sequences in ``errors``."""
-    R, k = step.n_outputs, max([0, *(result.top_ids.shape[1] for _, result in parts)])
-    wants_hidden = (step.want & HIDDEN) > 0
+    k = max([0, *(result.top_ids.shape[1] for _, result in parts)])
     width = max([0, *(result.hidden.shape[1] for _, result in parts)])
-    whole = StepResult(
-        ids=np.full(R, -1, np.int32),
-        logprobs=np.full(R, np.nan, np.float32),
-        top_ids=np.full((R, k), -1, np.int32),
-        top_logprobs=np.full((R, k), np.nan, np.float32),
-        scores=np.full(len(step.score_token), np.nan, np.float32),
-        hidden=np.full((int(wants_hidden.sum()), width), np.nan, np.float32),
-        transfers_done=np.concatenate([np.zeros(0, np.int64), *(result.transfers_done for _, result in parts)]),
-        start_s=min((result.start_s for _, result in parts), default=0.0),
-        end_s=max((result.end_s for _, result in parts), default=0.0),
-        errors=dict(errors),
-    )
+    wants_hidden = (step.want & HIDDEN) > 0
+    whole = StepResult.nothing(step, k, int(wants_hidden.sum()), width)
+    whole.transfers_done = np.concatenate([whole.transfers_done, *(result.transfers_done for _, result in parts)])
+    whole.start_s = min((result.start_s for _, result in parts), default=0.0)
+    whole.end_s = max((result.end_s for _, result in parts), default=0.0)
+    whole.errors = dict(errors)
     for part, result in parts:
         for name in ("ids", "logprobs", "top_ids", "top_logprobs"):
             getattr(whole, name)[part.outputs] = getattr(result, name)
