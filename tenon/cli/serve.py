@@ -97,16 +97,17 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
 
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
-    screen = Screen(Console(stderr=True), warn_remote=config.allow_remote and config.keys is None)
+    keyed = config.keys is not None
+    screen = Screen(Console(stderr=True), warn_remote=config.allow_remote and not keyed, keyed=keyed)
     return serve(config, screen)
 
 
 class Screen:
     """Start-up with a bar per phase on a terminal, a line per phase elsewhere; then how to use the server."""
 
-    def __init__(self, console: Console, *, warn_remote: bool) -> None:
+    def __init__(self, console: Console, *, warn_remote: bool, keyed: bool = False) -> None:
         self._console = console
-        self._warn_remote = warn_remote
+        self._warn_remote, self._keyed = warn_remote, keyed
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
@@ -138,9 +139,11 @@ class Screen:
         out.print(f"  page      [bold]{url}/[/]", highlight=False)
         out.print(f"  endpoint  [bold]{url}/v1[/]\n", highlight=False)
         body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-        curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'"
+        key = "-H 'authorization: Bearer KEY' " if self._keyed else ""
+        curl = f"curl {url}/v1/chat/completions {key}-H 'content-type: application/json' \\\n    -d '{body}'"
+        api_key = "KEY" if self._keyed else "none"
         snippet = (
-            f'from openai import OpenAI\nclient = OpenAI(base_url="{url}/v1", api_key="none")\n'
+            f'from openai import OpenAI\nclient = OpenAI(base_url="{url}/v1", api_key="{api_key}")\n'
             f'stream = client.chat.completions.create(model="{model}", stream=True,\n'
             '    messages=[{"role": "user", "content": "Hello"}])\n'
             'for chunk in stream:\n    print(chunk.choices[0].delta.content or "", end="", flush=True)'

@@ -37,7 +37,7 @@ from tenon.server.failures import Refusal
 from tenon.server.keys import KeyRing
 from tenon.server.limits import Limits, guarded_protocol
 from tenon.server.model_text import load_model_text
-from tenon.server.service import Service
+from tenon.server.service import Service, State
 from tenon.server.supervisor import Supervisor
 
 LAST_WORDS_S: Final = 2.0
@@ -219,7 +219,7 @@ class Server:
             self._service.abort_all(Refusal("the server is shutting down", status=503, code="draining"))
 
     def _on_message(self, message: m.FromEngine) -> None:
-        if isinstance(message, m.Phase):
+        if isinstance(message, m.Phase) and self._service.state is State.LOADING:  # a later engine's are events alone
             self._console.phase(message.name, message.fraction, message.detail)
         self._service.receive(message)
 

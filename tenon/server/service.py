@@ -182,6 +182,7 @@ class Service:
         these comes alone first, until it has got a token; all others wait, and new ones are not taken.
         """
         self._is_lost = False
+        _log.warning("another engine is ready; it takes over %d requests", len(self._flights))
         self._suspects = deque(one for one in self._flights.values() if one.n_again >= max(1, self.limits.replays))
         if self._suspects and self.state is State.RESTARTING:
             self._enter(State.RESTARTING, f"which of {len(self._suspects)} requests ends the engine is being found out")
