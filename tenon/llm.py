@@ -46,12 +46,17 @@ class Output:
 
 @dataclass
 class Answer:
-    """What came of one prompt: ``n`` outputs, and how many prompt tokens were in the cache already."""
+    """What came of one prompt: ``n`` outputs, and how many prompt tokens were in the cache already.
+
+    ``prompt_logprobs``, where asked for: of the prompt's tokens from the second on, for nothing precedes the first.
+    """
 
     prompt_ids: list[int]
     outputs: list[Output]
     seed: int
     cached_tokens: int = 0
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -160,7 +165,11 @@ class LLM:
             task = bar.add_task(f"{len(names)} prompts", total=len(streams))
             begin_s, n_tokens = SYSTEM.now_s(), 0
             while self.engine.has_work:
-                for delta in self.engine.tick(SYSTEM.now_s()):
+                deltas = self.engine.tick(SYSTEM.now_s())
+                for scores in self.engine.take_prompt_scores():
+                    names[scores.request_id].prompt_logprobs.extend(scores.logprobs)
+                    names[scores.request_id].prompt_top_logprobs.extend(dict(t) for t in scores.top)
+                for delta in deltas:
                     stream = streams[delta.request_id, delta.index]
                     output = stream.output
                     if output.finish_reason is not None:

@@ -65,6 +65,17 @@ def test_logprobs_hold_the_chosen_token(llm: LLM) -> None:
         assert top[token] == pytest.approx(logprob)
 
 
+def test_a_prompt_s_tokens_are_scored_as_if_they_had_been_generated(llm: LLM) -> None:
+    answer = llm.generate("def f(x):\n", GREEDY.with_(logprobs=0))[0]
+    whole = answer.prompt_ids + answer.outputs[0].ids
+    scored = llm.generate(whole, GREEDY.with_(max_tokens=1, prompt_logprobs=1))[0]
+    assert len(scored.prompt_logprobs) == len(whole) - 1 == len(scored.prompt_top_logprobs)
+    generated = scored.prompt_logprobs[len(answer.prompt_ids) - 1 :]
+    assert generated == pytest.approx(answer.outputs[0].logprobs, abs=0.1)  # bf16, in other company
+    assert not llm.engine.take_prompt_scores()
+    assert llm.generate("def f(x):\n", GREEDY)[0].prompt_logprobs == []
+
+
 def test_chat_goes_through_the_template(llm: LLM) -> None:
     answer = llm.chat([{"role": "user", "content": "Hello"}], GREEDY)
     assert "Hello" in llm.tokenizer.decode(answer.prompt_ids)

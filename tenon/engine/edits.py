@@ -9,8 +9,6 @@ another engine, gets the same edits. They are applied in this order:
     logit_bias           added
     bad_words            the last token of each, where the tokens before it stand at the end of the context: never
     min_tokens           whatever ends the sequence: never before there are so many
-
-U unique tokens of a context.
 """
 
 from __future__ import annotations

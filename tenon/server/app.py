@@ -22,8 +22,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tenon.base.errors import TenonError
+from tenon.engine.params import SamplingParams
 from tenon.server import anthropic, responses_api, tokens
-from tenon.server.completions import Completions, Origin, draw_seed
+from tenon.server.completions import Answer, Completions, Origin, draw_seed
 from tenon.server.events import EXTRAS
 from tenon.server.failures import Refusal, body_of, headers_of, status_of
 from tenon.server.flights import Job
@@ -31,7 +32,7 @@ from tenon.server.keys import Caller, KeyRing
 from tenon.server.limits import BodyTooLarge, Limits, error_body, read_body
 from tenon.server.metrics import CONTENT_TYPE
 from tenon.server.protocol import parse_chat, parse_completion
-from tenon.server.responses import ChatFace
+from tenon.server.responses import ChatFace, Head
 from tenon.server.service import Service
 
 PAGE: Final = Path(__file__).parent / "page"
@@ -140,12 +141,17 @@ class Routes:
         return await self._answer(request, body.stream, self._message(body, origin))
 
     async def _message(self, body: anthropic.MessagesRequest, origin: Origin) -> anthropic.MessageAnswer:
+        return anthropic.MessageAnswer(*(await self._conversed(body, "msg", origin))[:2])
+
+    async def _conversed(
+        self, body: anthropic.MessagesRequest | responses_api.ResponsesRequest, kind: str, origin: Origin
+    ) -> tuple[Answer, Head, SamplingParams]:
+        """A conversation of another API than chat, up to the engine's acceptance."""
         completions = self._completions
-        text, head = completions.require_model(body.model), completions.head("msg", origin)
+        text, head = completions.require_model(body.model), completions.head(kind, origin)
         params = body.params(text.generation.sampling(), draw_seed())
         face = ChatFace(head, text, logprobs=False)
-        answer = await completions.converse(body.flat(), params, text, face, None, origin)
-        return anthropic.MessageAnswer(answer, head)
+        return await completions.converse(body.flat(), params, text, face, None, origin), head, params
 
     async def responses(self, request: Request) -> Response:
         origin = self._origin(request)
@@ -153,11 +159,7 @@ class Routes:
         return await self._answer(request, body.stream, self._response(body, origin))
 
     async def _response(self, body: responses_api.ResponsesRequest, origin: Origin) -> responses_api.ResponseAnswer:
-        completions = self._completions
-        text, head = completions.require_model(body.model), completions.head("resp", origin)
-        params = body.params(text.generation.sampling(), draw_seed())
-        face = ChatFace(head, text, logprobs=False)
-        answer = await completions.converse(body.flat(), params, text, face, None, origin)
+        answer, head, params = await self._conversed(body, "resp", origin)
         return responses_api.ResponseAnswer(answer, head, body, params)
 
     async def count_tokens(self, request: Request) -> Response:

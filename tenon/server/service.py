@@ -388,7 +388,8 @@ class Service:
         if not self._flights:
             self._emptied.set()
         flight.open.clear()
-        flight.caller.give_tokens_back(flight.add.n * flight.add.max_tokens - flight.n_output)
+        unused = flight.add.n * flight.add.max_tokens - flight.n_output
+        flight.caller.give_tokens_back(unused if flight.accepted else unused + len(flight.add.prompt))
         now_s = self.clock.now_s()
         e2e_s = now_s - flight.add.arrival_s
         self.metrics.finished.add(1, reason)

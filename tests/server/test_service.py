@@ -9,8 +9,9 @@ import pytest
 from tenon.base.clock import ManualClock
 from tenon.engine import messages as m
 from tenon.server.events import EventHub
+from tenon.server.failures import Refusal
 from tenon.server.flights import Job
-from tenon.server.keys import Caller
+from tenon.server.keys import Caller, Key
 from tenon.server.limits import Limits
 from tenon.server.service import Service
 
@@ -153,3 +154,15 @@ def test_who_leaves_while_it_is_held_back_holds_nobody_up() -> None:
     while service.n_running:
         assert engine.step()
     assert tokens(jobs[2]) == {0: list(range(12))}
+
+
+def test_who_is_not_taken_pays_nothing() -> None:
+    service, clock = serving(), ManualClock()
+    service.attach(lambda _: None)
+    service.receive(READY)
+    caller = Caller(Key("a", b"", "a", tokens_per_minute=100), clock)
+    service.submit([m.Add("r", (1,) * 40, 60, 0)], caller)
+    service.receive(m.Rejected("r", "the queue is full", 429))
+    service.submit([m.Add("s", (1,) * 40, 60, 0)], caller)
+    with pytest.raises(Refusal, match="100 tokens a minute"):
+        service.submit([m.Add("t", (1,), 1, 0)], caller)
