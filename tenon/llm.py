@@ -20,13 +20,14 @@ from tenon.base.clock import SYSTEM
 from tenon.base.errors import ContextTooLong, RequestError
 from tenon.engine.build import build_engine
 from tenon.engine.config import EngineConfig
-from tenon.engine.messages import Add
+from tenon.engine.grammar import Compiler, Vocabulary
+from tenon.engine.messages import Add, Grammar
 from tenon.engine.params import SamplingParams
 from tenon.models.generation import read_generation
 from tenon.models.hf_config import read_config
 from tenon.models.hub import resolve
 from tenon.models.template import Renderer, load_templates
-from tenon.models.tokenizer import Detokenizer, load_tokenizer
+from tenon.models.tokenizer import Detokenizer, is_thinking, load_tokenizer
 from tenon.server.text import OutputText
 
 Prompt = str | Sequence[int]
@@ -81,6 +82,7 @@ class LLM:
         self.tokenizer = load_tokenizer(folder, self.spec.vocab_size)
         self.defaults = read_generation(folder, self.spec)
         self._renderer = Renderer(load_templates(folder), n_workers=1)
+        self._grammars = Compiler(Vocabulary(str(folder), self.spec.vocab_size, self.defaults.eos_ids))
         self._progress = progress
         with self._bar("loading") as bar:
             task = bar.add_task(model, total=None)
@@ -154,10 +156,15 @@ class LLM:
         if room < 1:
             raise ContextTooLong(len(ids), p.max_tokens or 1, limit)
         self._n_requests += 1
+        grammar = None
+        if p.structure is not None:
+            think = self.tokenizer.think
+            name, compiled = self._grammars.compile(p.structure)
+            grammar = Grammar(name, compiled, think, is_thinking(ids, think))
         return p.add(
             f"llm-{self._n_requests}", ids, max_tokens=p.max_tokens or room,
             seed=p.seed if p.seed is not None else secrets.randbits(64), stop_ids=p.stop_token_ids,
-            bad_words=self.tokenizer.spellings(p.bad_words), arrival_s=SYSTEM.now_s(),
+            bad_words=self.tokenizer.spellings(p.bad_words), arrival_s=SYSTEM.now_s(), grammar=grammar,
         )  # fmt: skip
 
     def _decode(self, names: dict[str, Answer], streams: dict[tuple[str, int], _Stream]) -> None:
@@ -192,8 +199,9 @@ class LLM:
                 bar.update(task, description=f"{len(names)} prompts, {rate:.0f} tokens/s")
 
     def close(self) -> None:
-        """Release the weights, the cache and the template's worker."""
+        """Release the weights, the cache and the workers."""
         self._renderer.close()
+        self._grammars.close()
         self.engine.close()
 
     def __enter__(self) -> LLM:

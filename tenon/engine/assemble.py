@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tenon.base.errors import IntegrityError
 from tenon.engine.edits import NO_KINDS, NO_TOKENS, NO_VALUES
+from tenon.engine.grammar import Masks
 from tenon.engine.sequence import Seq
-from tenon.engine.step import F32, I32, I64, SAMPLE, U8, GroupStep, Params, Step
+from tenon.engine.step import F32, I32, I64, SAMPLE, U8, U32, GroupStep, Params, Step
 
 
 @dataclass(eq=False, slots=True)
@@ -147,9 +149,11 @@ class _Frame:
         self.out_span = np.repeat(np.arange(S), [len(each) for each in targets])
         self.out_row = (self.q_start[1:] - 1)[self.out_span]
         self.out_seq, self.n_prompt = known.seq[rows], known.n_prompt[rows]
+        self.bound = [(r, seq) for r, seq in enumerate(outputs) if seq.binding is not None]
         self.want = np.full(R, SAMPLE, np.uint8)
         self.params_index = np.arange(R, dtype=np.int32)
         self.bitmask_index = np.full(R, -1, np.int32)
+        self.bitmask_index[[r for r, _ in self.bound]] = np.arange(len(self.bound))
         self.no_starts = np.zeros(R + 1, np.int32)
         all_of = known.params
         self.params = Params(
@@ -169,8 +173,8 @@ class _Frame:
 class Assembler:
     """Makes the steps of one model. A step shares with the next the arrays that stay the same: nobody writes them."""
 
-    def __init__(self, model: str, n_groups: int) -> None:
-        self._model, self._n_groups = model, n_groups
+    def __init__(self, model: str, n_groups: int, masks: Masks | None = None) -> None:
+        self._model, self._n_groups, self._masks = model, n_groups, masks
         self._known = _Known()
         self._frame = _Frame([], [], [], self._known)
         self._slots: list[I32] = []
@@ -251,7 +255,7 @@ class Assembler:
             params_index=frame.params_index,
             bitmask_index=frame.bitmask_index,
             params=frame.params,
-            bitmask=NO_BITMASK,
+            bitmask=self._bitmask(frame.bound) if frame.bound else NO_BITMASK,
             edit_start=edits[0],
             edit_token=edits[1],
             edit_kind=edits[2],
@@ -259,6 +263,11 @@ class Assembler:
             score_start=frame.no_starts,
             score_token=NO_TOKENS,
         )
+
+    def _bitmask(self, bound: list[tuple[int, Seq]]) -> U32:
+        if self._masks is None:
+            raise IntegrityError("a sequence has a grammar and nobody makes masks")
+        return self._masks.rows([seq for _, seq in bound])
 
 
 def _edits(frame: _Frame) -> tuple[I32, I32, U8, F32]:

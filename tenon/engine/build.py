@@ -14,6 +14,7 @@ from tenon.engine.config import EngineConfig, state_secret
 from tenon.engine.engine import Engine, Identity
 from tenon.engine.executors.base import Executor
 from tenon.engine.executors.isolated import Isolated
+from tenon.engine.grammar import Masks, Vocabulary
 from tenon.engine.recompute import recompute_cost
 from tenon.engine.scheduler import Scheduler
 from tenon.models.generation import read_generation
@@ -97,6 +98,7 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
     on_phase("memory", 0.0, f"{memory.kv_bytes / 2**20:.0f} MiB for {memory.tokens} tokens")
     executor.allocate(groups, memory.n_blocks)
     on_phase("memory", 1.0, f"{memory.kv_bytes / 2**20:.0f} MiB for {memory.tokens} tokens")
+    masks = Masks(Vocabulary(str(folder), spec.vocab_size, eos_ids), config.max_sequences, clock)
     caps, predicted = executor.caps, Predictor(None, "")
     if config.chunk == "adaptive":
         predicted = predictor(spec, caps.dtype, caps.device)
@@ -111,6 +113,7 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
         secret=state_secret(state_folder()),
         cost_of=recompute_cost(spec, config.block_tokens),
         chunks=Chunks(config, groups, predicted.step_s),
+        masks=masks,
     )
     identity = Identity(
         name=name,
@@ -129,4 +132,4 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
             "notes": "; ".join((*caps.notes, *([predicted.note] if predicted.note else ()))),
         },
     )
-    return Engine(config, identity, scheduler, Isolated(executor), clock)
+    return Engine(config, identity, scheduler, Isolated(executor), clock, on_close=masks.close)

@@ -6,10 +6,12 @@ Parts, none of which knows the engine: the scheduler (queues, blocks, spans), th
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tenon.base.clock import SYSTEM, Clock
-from tenon.base.errors import RequestError
+from tenon.base.errors import RequestError, ResourceError
 from tenon.engine.config import EngineConfig
 from tenon.engine.executors.base import Executor
 from tenon.engine.kv_log import MAX_EVENTS
@@ -35,13 +37,20 @@ class Engine:
     """One model being served. Not thread-safe: one loop owns it."""
 
     def __init__(
-        self, config: EngineConfig, identity: Identity, scheduler: Scheduler, executor: Executor, clock: Clock = SYSTEM
+        self,
+        config: EngineConfig,
+        identity: Identity,
+        scheduler: Scheduler,
+        executor: Executor,
+        clock: Clock = SYSTEM,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.identity = identity
         self.scheduler = scheduler
         self.executor = executor
         self._clock = clock
+        self._on_close = on_close
         self._draining = False
         self._kv_dropped = 0
         self._step_s = 0.0
@@ -158,6 +167,12 @@ class Engine:
         self.scheduler.reset()
         self.scheduler.weights_version = version
 
+    def expect_grammars(self) -> None:
+        """Start what masks are made by, without waiting for it."""
+        if self.scheduler.masks is not None:
+            with contextlib.suppress(ResourceError):  # the request itself will be told
+                self.scheduler.masks.begin()
+
     def drain(self) -> None:
         """Take nothing new; what is queued and running finishes."""
         self._draining = True
@@ -175,4 +190,6 @@ class Engine:
         self.scheduler.check_integrity()
 
     def close(self) -> None:
+        if self._on_close is not None:
+            self._on_close()
         self.executor.close()

@@ -67,7 +67,7 @@ def _is_plain(seq: Seq, scheduler: Scheduler) -> bool:
     """Whether the sequence decodes alone, in blocks of its own; its logits are not edited and nobody asks for
     log-probabilities."""
     request = seq.request
-    if not seq.is_decoding or request.add.n_logprobs >= 0 or seq.edits is not None:
+    if not seq.is_decoding or request.add.n_logprobs >= 0 or seq.edits is not None or seq.binding is not None:
         return False
     if request.add.n == 1:
         return True

@@ -18,6 +18,18 @@ MAX_FRAME_BYTES: Final = 64 * 2**20
 _HEADER = struct.Struct("<I")
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What the form of an output must be (:mod:`tenon.engine.grammar`)."""
+
+    name: str
+    """Of what is compiled: equal names, equal grammars."""
+    compiled: str
+    think: tuple[int, int] | None = None
+    """Tokens that begin and end what a model thinks before it answers: between them anything may come."""
+    thinking: bool = False
+    """Whether the prompt has begun such a thought."""
+
+
 class Add(msgspec.Struct, frozen=True, tag="add"):
     """Serve this request. ``seed`` is always set: the HTTP process draws one where the caller did not.
 
@@ -45,6 +57,7 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     min_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
     n_logprobs: int = -1
     prompt_logprobs: int = -1
     """-1: the prompt's tokens are not scored; 0: their log-probabilities; k: also the k best of each position."""
@@ -78,6 +91,10 @@ class Reset(msgspec.Struct, frozen=True, tag="reset"):
 
 class Forget(msgspec.Struct, frozen=True, tag="forget"):
     """Forget what is cached and held by no request; nobody is aborted."""
+
+
+class Expect(msgspec.Struct, frozen=True, tag="expect"):
+    """A request with a grammar is about to come: start what masks are made by, which takes a moment."""
 
 
 class Watch(msgspec.Struct, frozen=True, tag="watch"):
@@ -279,7 +296,7 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     trace: str = ""
 
 
-ToEngine = Add | Abort | LoadWeights | Drain | Reset | Forget | Watch
+ToEngine = Add | Abort | LoadWeights | Drain | Reset | Forget | Expect | Watch
 FromEngine = (
     Phase | Ready | Accepted | Rejected | Misses | PromptScores | Outputs | Stats | KVEvents | Residency | Fatal
 )

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tenon.base.errors import RequestError
-from tenon.engine.messages import Add
+from tenon.engine.messages import Add, Grammar
+from tenon.engine.structure import Structure
 
 MAX_N = 64
 MAX_LOGPROBS = 20
@@ -62,6 +63,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structure: Structure | None = None
+    """What the form of the output must be; a model that reasons thinks freely before."""
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0.0, 100.0, "a number from 0 to 100")
@@ -126,8 +129,10 @@ class SamplingParams:
         bad_words: tuple[tuple[int, ...], ...],
         arrival_s: float,
         tenant: str = "",
+        grammar: Grammar | None = None,
     ) -> Add:
-        """The engine's message for one prompt. ``bad_words`` are this one's as tokens (see ``Tokenizer.spellings``)."""
+        """The engine's message for one prompt. ``bad_words`` are this one's as tokens (see ``Tokenizer.spellings``),
+        ``grammar`` its structure compiled."""
         return Add(
             request_id=request_id,
             prompt=tuple(prompt),
@@ -146,6 +151,7 @@ class SamplingParams:
             min_tokens=self.min_tokens,
             stop_ids=stop_ids,
             ignore_eos=self.ignore_eos,
+            grammar=grammar,
             n_logprobs=-1 if self.logprobs is None else self.logprobs,
             prompt_logprobs=-1 if self.prompt_logprobs is None else self.prompt_logprobs,
             tenant=tenant,

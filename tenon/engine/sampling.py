@@ -82,6 +82,8 @@ def edited(logits_V: F32, step: Step, r: int) -> F32:
     if mask >= 0:
         bits = np.unpackbits(step.bitmask[mask].view(np.uint8), bitorder="little", count=len(out))
         out[bits == 0] = -np.inf
+    if start == end:
+        return out
     borders = start + 1 + np.flatnonzero(np.diff(step.edit_kind[start:end]))
     for at, until in pairwise((start, *borders.tolist(), end)):
         tokens, values, kind = step.edit_token[at:until], step.edit_value[at:until], step.edit_kind[at]

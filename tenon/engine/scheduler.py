@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 
 from tenon.base.errors import IntegrityError, Overloaded, RequestError
+from tenon.engine import integrity
 from tenon.engine.admission import check
 from tenon.engine.assemble import Assembler, Span
 from tenon.engine.blocks import DIGEST_BYTES, BlockPool, root_digest
@@ -23,6 +24,7 @@ from tenon.engine.chunks import Chunks
 from tenon.engine.config import EngineConfig
 from tenon.engine.counters import Counters
 from tenon.engine.explain import Explainer
+from tenon.engine.grammar import Masks, begin
 from tenon.engine.lane import Lane
 from tenon.engine.messages import Accepted, Add, Delta, PromptScores
 from tenon.engine.pending import Pending
@@ -30,13 +32,14 @@ from tenon.engine.policies.evict import Evict
 from tenon.engine.policies.table import POLICIES
 from tenon.engine.recompute import CostOf, alike
 from tenon.engine.reuse import hold, resident, runs_of, turn_of
-from tenon.engine.scoring import told, with_scores
+from tenon.engine.scoring import output_scores, told, with_scores
 from tenon.engine.sequence import Request, Seq, State
 from tenon.engine.step import Step, StepResult
 from tenon.models.spec import KVGroup
 
 RUNNING = State.RUNNING  # looked up for each sequence in each step, which an Enum makes slow
 NOBODY: list[Seq] = []
+NOBODY_LATE: frozenset[int] = frozenset()
 
 
 class Scheduler:
@@ -56,10 +59,11 @@ class Scheduler:
         cost_of: CostOf = alike,
         chunks: Chunks | None = None,
         make_evict: Callable[[], Evict] | None = None,
+        masks: Masks | None = None,
     ) -> None:
         """``cost_of``: what a block at a position costs to compute once more, for policies to weigh. ``chunks``: rows
         of each step; by default the config's policy, which learns what steps take. ``make_evict``: another eviction
-        policy than the config's."""
+        policy than the config's. ``masks``: of grammars; without, no request may have one."""
         self.config = config
         self.model = model
         self.vocab_size = vocab_size
@@ -84,14 +88,17 @@ class Scheduler:
         self._spans: list[Span] = []
         self._moves: list[tuple[int, int, int]] = []
         self._lane: Lane | None = None
-        self._assembler = Assembler(model, len(groups))
-
-    # -- requests come and go ------------------------------------------------------------------------------
+        self.masks = masks
+        self._n_bound, self._late = 0, NOBODY_LATE
+        """Requests with a grammar, and sequences whose mask is not there yet."""
+        self._assembler = Assembler(model, len(groups), masks)
 
     def add(self, add: Add) -> Accepted:
         """Queue a request. Raises ``RequestError`` (or ``ContextTooLong``, ``Overloaded``) and changes nothing then."""
         if add.request_id in self.requests:
             raise RequestError(f"request id {add.request_id!r} is being served already", param="request_id")
+        if add.grammar is not None:
+            begin(self.masks, add)
         check(add, self.vocab_size, self.max_model_len, self.config.max_sequences)
         if len(self.waiting) >= self.config.max_waiting and not add.again:
             message = f"{len(self.waiting)} requests are waiting already, which is the limit"
@@ -106,6 +113,7 @@ class Scheduler:
         self.requests[add.request_id] = request
         self.waiting.append(request.seqs[0])
         self.counters.started += 1
+        self._n_bound += add.grammar is not None
         return Accepted(add.request_id)
 
     def abort(self, request_id: str, index: int = -1, *, reason: str = "abort") -> bool:
@@ -150,7 +158,8 @@ class Scheduler:
     def schedule(self, now_s: float) -> Step | None:
         """The next step, or None when there is nothing to compute. Blocks are reserved for all its rows."""
         self.at(now_s)
-        lane = self._lane
+        late = self._late = self.masks.late(self.running, self.waiting) if self.masks and self._n_bound else NOBODY_LATE
+        lane = None if late else self._lane
         if lane is not None and lane.reserve(self.pools):
             self._spans, self._moves = lane.spans, []
             if self.waiting:
@@ -173,7 +182,7 @@ class Scheduler:
         for seq in decodes:
             if budget == 0:
                 break
-            if seq.state is not RUNNING:
+            if seq.state is not RUNNING or seq.id in late:
                 continue
             fits = seq.n_tokens <= seq.n_blocks * size and not seq.may_share  # all but always, so it is seen here
             if fits or self._reserve(seq, seq.n_tokens):
@@ -182,15 +191,18 @@ class Scheduler:
         for seq in prefills:  # their blocks were taken when they came in
             if budget == 0:
                 break
-            if seq.state is RUNNING:
+            if seq.state is RUNNING and seq.id not in late:
                 budget -= self._span_runs(seq, budget)
         if self.counters.preemptions == n_preempted:
             self._admit(budget)
         if not self._spans:
+            if late and self.masks is not None:
+                self.masks.wait()
+                return None
             if self.has_work:
                 raise IntegrityError("there is work, but no span could be scheduled")
             return None
-        self._lane = None if self._moves else Lane.open(self._spans, len(self.running))
+        self._lane = None if self._moves or late else Lane.open(self._spans, len(self.running))
         return self._assembled()
 
     def _assembled(self) -> Step:
@@ -205,13 +217,14 @@ class Scheduler:
             self._lane = None
 
     def _admit(self, budget: int) -> None:
-        while self.waiting and budget > 0:
-            seq = self.waiting[0]
+        for seq in [seq for seq in self.waiting if seq.id not in self._late] if self._late else list(self.waiting):
+            if budget <= 0:
+                return
             if self.running and sum(s.n_slots for s in (seq, *self.running)) > self.config.max_sequences:
                 return
             if not self._enter(seq):
                 return
-            self.waiting.pop(0)
+            self.waiting.remove(seq)
             budget -= self._span_runs(seq, budget)
 
     def _span_runs(self, seq: Seq, budget: int) -> int:
@@ -327,11 +340,11 @@ class Scheduler:
         self.waiting.append(seq)
         self.waiting.sort(key=lambda s: (s.request.order, s.index))
 
-    # -- what came of it ------------------------------------------------------------------------------------
-
     def commit(self, step: Step, result: StepResult) -> list[Delta]:
         """Take over the step's samples. Sequences aborted since then are passed over."""
         failed, ids, size = result.errors, result.ids.tolist(), self.config.block_tokens
+        if self.masks is not None and self._n_bound:
+            failed = failed | self.masks.take_failed()
         if self._lane is not None and not failed:
             return self._commit_lane(self._lane, ids, result)
         self.leave_lane()
@@ -395,13 +408,7 @@ class Scheduler:
         if not stops and seq.n_tokens - seq.n_prompt < add.max_tokens and add.n_logprobs < 0:
             return Delta(add.request_id, seq.index, (token,), cached_tokens=request.cached_tokens)
         reason = "stop" if stops else "length" if seq.n_output >= add.max_tokens else None
-        logprobs: tuple[float, ...] = ()
-        top: tuple[tuple[tuple[int, float], ...], ...] = ()
-        k = add.n_logprobs
-        if k >= 0:
-            logprobs = (float(result.logprobs[r]),)
-            best = zip(result.top_ids[r, :k].tolist(), result.top_logprobs[r, :k].tolist(), strict=True)
-            top = (tuple(best),)
+        logprobs, top = output_scores(result, r, add.n_logprobs)
         if reason is not None:
             self._leave(seq)
             if request.n_unfinished == 0:
@@ -480,19 +487,9 @@ class Scheduler:
 
     def _end(self, request: Request, reason: str) -> None:
         del self.requests[request.add.request_id]
+        self._n_bound -= request.add.grammar is not None
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 
     def check_integrity(self) -> None:
         """Conservation of blocks, requests and queues. Raises ``IntegrityError``."""
-        holders = [seq for request in self.requests.values() for seq in request.seqs if seq.n_blocks]
-        for group, pool in enumerate(self.pools):
-            pool.check_integrity([seq.tables[group][: seq.n_blocks] for seq in holders])
-        self.pending.check_integrity(self.running)
-        if {s.id for s in self.running} != {s.id for s in holders}:
-            raise IntegrityError("the sequences that run are not those that hold blocks")
-        if any(seq.n_computed >= seq.n_tokens or seq.state is not RUNNING for seq in self.running):
-            raise IntegrityError("a running sequence has nothing left to compute, or is not marked as running")
-        if self.counters.started != len(self.requests) + sum(self.counters.finished.values()):
-            raise IntegrityError("started requests are not those being served plus those finished")
-        if len(np.unique([s.id for s in (*self.running, *self.waiting)])) != len(self.running) + len(self.waiting):
-            raise IntegrityError("a sequence stands in the queues twice")
+        integrity.check(self)

@@ -86,3 +86,13 @@ def told(spans: Sequence[Span], result: StepResult) -> list[PromptScores]:
         name = seq.request.add.request_id
         found.append(PromptScores(name, scored.start + 1, tuple(result.scores[here].tolist()), top))
     return found
+
+
+def output_scores(
+    result: StepResult, r: int, k: int
+) -> tuple[tuple[float, ...], tuple[tuple[tuple[int, float], ...], ...]]:
+    """The log-probability of output ``r``'s token and its ``k`` best alternatives; nothing where ``k`` is -1."""
+    if k < 0:
+        return (), ()
+    best = zip(result.top_ids[r, :k].tolist(), result.top_logprobs[r, :k].tolist(), strict=True)
+    return (float(result.logprobs[r]),), (tuple(best),)

@@ -18,6 +18,7 @@ import numpy as np
 
 from tenon.engine.blocks import chain_digest
 from tenon.engine.edits import Edits, wanted
+from tenon.engine.grammar import Binding
 from tenon.engine.messages import Add
 from tenon.engine.step import I32
 
@@ -68,6 +69,12 @@ class Seq:
         self.state = State.WAITING
         self.edits = Edits(request.add, request.stop_ids) if wanted(request.add) else None
         """What is done to its logits before a token is sampled from them."""
+        self.binding = Binding(request.add.grammar) if request.add.grammar is not None else None
+        """From where on which tokens may come depends on a grammar."""
+
+    @property
+    def finished(self) -> bool:
+        return self.state is State.FINISHED
 
     @property
     def n_output(self) -> int:

@@ -8,12 +8,7 @@ A template is code of whoever made the checkpoint. It never runs in this process
 
 from __future__ import annotations
 
-import json
-import os
 import queue
-import select
-import subprocess
-import sys
 from asyncio import to_thread
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +17,15 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from tenon.base import clock as clocks
-from tenon.base.errors import CheckpointError, RequestError, ResourceError
+from tenon.base.errors import CheckpointError, RequestError
+from tenon.base.worker import LineWorker
 from tenon.models import template_worker
 from tenon.models.metadata import read_bytes, read_object
 
 CONFIG_NAME: Final = "tokenizer_config.json"
 JINJA_NAME: Final = "chat_template.jinja"
 LEGACY_NAME: Final = "chat_template.json"
+HELLO: Final = {"template": "", "data": None, "now_s": 0.0, "cpu_s": 1.0, "max_chars": 0}
 MORE_FOLDER: Final = "additional_chat_templates"
 DEFAULT: Final = "default"
 TOOL_USE: Final = "tool_use"
@@ -124,84 +121,6 @@ class RenderLimits:
     max_chars: int = 1 << 20
 
 
-class _Worker:
-    """One worker process. ``ask`` leaves it idle, or dead and to be started anew by the next ``ask``."""
-
-    def __init__(self, clock: clocks.Clock) -> None:
-        self._clock = clock
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def ask(self, request: Mapping[str, Any], wall_s: float, start_s: float, max_reply: int) -> dict[str, str] | None:
-        """The reply; ``None`` when the worker had to be killed or died. Raises ``ResourceError`` if none starts."""
-        if self._process is None or self._process.poll() is not None:
-            self.kill()
-            self._start(start_s)
-        reply = self._exchange(json.dumps(request).encode() + b"\n", wall_s, max_reply)
-        if reply is None:
-            self.kill()
-            return None
-        return reply
-
-    def kill(self) -> None:
-        if self._process is None:
-            return
-        process, self._process = self._process, None
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-    def _start(self, start_s: float) -> None:
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", template_worker.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                bufsize=0,
-                env={"LC_ALL": "C.UTF-8", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # an interrupt at the terminal is the parent's to handle
-            )
-        except OSError as error:
-            raise ResourceError(f"cannot start a chat template worker: {error.strerror or error}") from error
-        hello = {"template": "", "data": None, "now_s": 0.0, "cpu_s": 1.0, "max_chars": 0}
-        if self._exchange(json.dumps(hello).encode() + b"\n", start_s, 1 << 10) is None:
-            self.kill()
-            raise ResourceError(f"a chat template worker died at its start or took over {start_s:g} s")
-
-    def _exchange(self, line: bytes, wall_s: float, max_reply: int) -> dict[str, str] | None:
-        """Send and receive at once, so that neither full pipe stops the other; ``None`` on death, silence, excess."""
-        process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            return None
-        source, sink = process.stdout.fileno(), process.stdin.fileno()
-        deadline_s = self._clock.now_s() + wall_s
-        rest, reply = memoryview(line), bytearray()
-        poll = select.poll()
-        poll.register(source, select.POLLIN)
-        poll.register(sink, select.POLLOUT)
-        while not reply.endswith(b"\n"):
-            left_s = deadline_s - self._clock.now_s()
-            ready = dict(poll.poll(left_s * 1000)) if left_s > 0 else {}
-            if not ready or len(reply) > max_reply:
-                return None
-            if source in ready:
-                piece = process.stdout.read(1 << 16)
-                if not piece:
-                    return None
-                reply += piece
-            if sink in ready:
-                try:
-                    rest = rest[process.stdin.write(rest[: select.PIPE_BUF]) :]
-                except BrokenPipeError:
-                    return None
-                if not rest:
-                    poll.unregister(sink)
-        answer: dict[str, str] = json.loads(bytes(reply))
-        return answer
-
-
 class Renderer:
     """Renders one model's chats, from any thread and from asyncio. Close it, or leave it to the end of the process.
 
@@ -219,8 +138,13 @@ class Renderer:
         self.templates = templates
         self.limits = limits or RenderLimits()
         self._clock = clock
-        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
-        self._workers = [_Worker(clock) for _ in range(n_workers)]
+        self._idle: queue.LifoQueue[LineWorker] = queue.LifoQueue()
+        self._workers = [
+            LineWorker(
+                "chat template worker", template_worker.__file__, hello=HELLO, clock=clock, start_s=self.limits.start_s
+            )
+            for _ in range(n_workers)
+        ]
         for worker in reversed(self._workers):
             self._idle.put(worker)
 
@@ -287,7 +211,7 @@ class Renderer:
         worker = self._idle.get()
         try:
             # A character is at most twelve bytes of JSON (two escapes of six).
-            return worker.ask(request, self.limits.wall_s, self.limits.start_s, 12 * self.limits.max_chars + (1 << 16))
+            return worker.ask(request, self.limits.wall_s, 12 * self.limits.max_chars + (1 << 16))
         finally:
             self._idle.put(worker)
 

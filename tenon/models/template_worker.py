@@ -145,6 +145,7 @@ def answer(line: bytes) -> bytes:
     except Exception as error:  # any operation of a template may fail, with any type
         reply = {"error": "failed", "message": f"{type(error).__name__}: {error}"[:1000]}
     signal.setitimer(signal.ITIMER_PROF, 0.0)
+    reply["number"] = request.get("number", 0)
     return json.dumps(reply).encode() + b"\n"
 
 

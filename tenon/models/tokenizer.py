@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from tenon.models.metadata import read_bytes, read_object
 
 FILE_NAME: Final = "tokenizer.json"
 CONFIG_NAME: Final = "tokenizer_config.json"
+THINK_MARKS: Final = ("<think>", "</think>")
 
 
 @cache
@@ -120,6 +121,9 @@ class Tokenizer:
         self.bos_token, self.bos_id = self._named(config, "bos_token")
         self.eos_token, self.eos_id = self._named(config, "eos_token")
         self.pad_token, self.pad_id = self._named(config, "pad_token")
+        marks = [self.token_id(mark) for mark in THINK_MARKS]
+        self.think = (marks[0], marks[1]) if marks[0] is not None and marks[1] is not None else None
+        """The tokens between which a model that reasons thinks, where they are tokens of its own."""
 
     def _named(self, config: Mapping[str, Any], name: str) -> tuple[str | None, int | None]:
         value = config.get(name)
@@ -172,6 +176,14 @@ class Tokenizer:
         """The id of a token given by its name in the vocabulary, if there is one."""
         found: int | None = self._backend.token_to_id(token)
         return found
+
+
+def is_thinking(prompt: Sequence[int], think: tuple[int, int] | None) -> bool:
+    """Whether the prompt ends inside a thought: its template has begun one for the model."""
+    if think is None:
+        return False
+    last = next((token for token in reversed(prompt) if token in think), None)
+    return last == think[0]
 
 
 class Detokenizer:

@@ -14,12 +14,14 @@ import msgspec
 
 from tenon.base.errors import RequestError, TenonError
 from tenon.engine.params import SamplingParams
+from tenon.engine.structure import Structure
 from tenon.server.completions import Answer
 from tenon.server.failures import status_of
 from tenon.server.flights import Job
 from tenon.server.limits import Limits
 from tenon.server.protocol import check_count, convert, json_object, without_not_yet
 from tenon.server.responses import Head, Json, line_safe
+from tenon.server.structured import of_format
 
 PATH: Final = "/v1/messages"
 COUNT_PATH: Final = "/v1/messages/count_tokens"
@@ -32,8 +34,6 @@ NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
     "container": (None,),
     "mcp_servers": (None, []),
     "context_management": (None,),
-    "output_config": (None, {}),
-    "output_format": (None,),
 }
 """Fields of the API that are not implemented, with the values that ask for nothing."""
 
@@ -76,6 +76,10 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return system + [{"role": turn.role, "content": _text(turn.content)} for turn in self.messages]
 
 
+class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: dict[str, Any] | None = None
+
+
 class MessagesRequest(Conversation, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_tokens: int
     stop_sequences: list[str] | None = None
@@ -84,6 +88,13 @@ class MessagesRequest(Conversation, frozen=True, kw_only=True, forbid_unknown_fi
     top_p: float | None = None
     top_k: int | None = None
     metadata: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+    output_format: dict[str, Any] | None = None
+    """What ``output_config.format`` was called first."""
+
+    def _structure(self) -> Structure | None:
+        later = of_format(self.output_config.format, "output_config.format") if self.output_config else None
+        return later or of_format(self.output_format, "output_format")
 
     def params(self, defaults: dict[str, float | int], seed: int) -> SamplingParams:
         """Over the model's own defaults. Raises ``RequestError`` naming the field."""
@@ -93,8 +104,9 @@ class MessagesRequest(Conversation, frozen=True, kw_only=True, forbid_unknown_fi
         }
         try:
             return SamplingParams(
-                **wishes, max_tokens=self.max_tokens, stop=tuple(self.stop_sequences or ()), seed=seed
-            )
+                **wishes, max_tokens=self.max_tokens, stop=tuple(self.stop_sequences or ()), seed=seed,
+                structure=self._structure(),
+            )  # fmt: skip
         except RequestError as error:
             if error.param == "stop":
                 raise RequestError(

@@ -16,8 +16,10 @@ from typing import Final
 import msgspec
 
 from tenon.base.errors import ContextTooLong, IntegrityError, RequestError, TenonError
-from tenon.engine.messages import Add
+from tenon.engine.messages import Add, Grammar
 from tenon.engine.params import SamplingParams
+from tenon.engine.structure import Structure
+from tenon.models.tokenizer import is_thinking
 from tenon.server.failures import Refusal, body_of
 from tenon.server.flights import Job
 from tenon.server.keys import Caller
@@ -266,6 +268,8 @@ class Completions:
     ) -> Answer:
         n_scored = sum(len(add.prompt) for add in adds if add.prompt_logprobs >= 0)
         check_work(len(adds), params, max(add.max_tokens for add in adds), n_scored, self._service.limits)
+        if params.structure is not None:
+            adds = await self._with_grammar(adds, params.structure, text, caller)
         job = self._service.submit(adds, caller)
         try:
             await job.accepted()
@@ -278,6 +282,18 @@ class Completions:
             for _ in range(add.n)
         ]
         return Answer(job, face, outputs, sum(len(add.prompt) for add in adds), options or StreamOptions())
+
+    async def _with_grammar(
+        self, adds: Sequence[Add], structure: Structure, text: ModelText, caller: Caller
+    ) -> list[Add]:
+        """The same requests with their structure compiled. Raises ``RequestError`` for one that cannot be."""
+        self._service.expect_grammar()
+        name, compiled = await text.grammars.compile_soon(structure, caller.tenant)
+        think = text.tokenizer.think
+        return [
+            msgspec.structs.replace(add, grammar=Grammar(name, compiled, think, is_thinking(add.prompt, think)))
+            for add in adds
+        ]
 
     def head(self, kind: str, origin: Origin) -> Head:
         """What the objects of an answer repeat."""

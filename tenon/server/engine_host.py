@@ -146,6 +146,8 @@ class EngineHost:
                 self._engine.reset()
             case m.Forget():
                 self._engine.forget_idle()
+            case m.Expect():
+                self._engine.expect_grammars()
             case m.Watch():
                 self._watch = message
                 self._engine.watch_victims(message.victims)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tenon.engine.grammar import Compiler, Vocabulary
 from tenon.models.generation import GenerationDefaults, read_generation
 from tenon.models.hf_config import read_config
 from tenon.models.template import Renderer, load_templates
@@ -22,6 +23,7 @@ class ModelText:
     tokenizer: Tokenizer
     renderer: Renderer
     generation: GenerationDefaults
+    grammars: Compiler
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Ids of a text; ``special`` adds what the model wants around a plain one. Raises ``RequestError``."""
@@ -56,8 +58,9 @@ class ModelText:
         return await self.renderer.render_async(messages, add_generation_prompt=add_generation_prompt)
 
     def close(self) -> None:
-        """End the processes that render."""
+        """End the processes that render and compile."""
         self.renderer.close()
+        self.grammars.close()
 
 
 def load_model_text(folder: Path) -> ModelText:
@@ -69,4 +72,5 @@ def load_model_text(folder: Path) -> ModelText:
         _log.warning("%s", warning)
     renderer = Renderer(load_templates(folder))
     renderer.check()
-    return ModelText(tokenizer, renderer, generation)
+    grammars = Compiler(Vocabulary(str(folder), spec.vocab_size, generation.eos_ids))
+    return ModelText(tokenizer, renderer, generation, grammars)

@@ -14,10 +14,10 @@ import msgspec
 
 from tenon.base.errors import RequestError
 from tenon.engine.params import MAX_N, SamplingParams
+from tenon.server import structured
 from tenon.server.limits import Limits
 
 NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
-    "response_format": (None, {"type": "text"}),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True, False),
@@ -36,10 +36,6 @@ NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
     "prompt_cache_key": (None,),
     "prompt_cache_retention": (None,),
     "safety_identifier": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
     "priority": (None, 0),
 }
 """Fields of the API that are not implemented, with the values that ask for nothing."""
@@ -91,6 +87,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -250,6 +252,7 @@ def sampling_params(
         if request.best_of is not None:
             wishes["n"] = request.best_of
             logprobs = logprobs or 0
+    wishes["structure"] = structured.wanted({name: getattr(request, name) for name in structured.FIELDS})
     wishes.update(max_tokens=max_tokens, logprobs=logprobs, seed=seed if request.seed is None else request.seed)
     try:
         return SamplingParams(**wishes)

@@ -22,6 +22,7 @@ from tenon.server.flights import Job
 from tenon.server.limits import Limits
 from tenon.server.protocol import ROLES, check_count, convert, json_object, without_not_yet
 from tenon.server.responses import Head, Json, line_safe
+from tenon.server.structured import of_format
 
 PATH: Final = "/v1/responses"
 
@@ -34,7 +35,6 @@ NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
     "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True, False),
     "max_tool_calls": (None,),
-    "text": (None, {}, {"format": {"type": "text"}}),
     "reasoning": (None, {}),
     "include": (None, []),
     "prompt": (None,),
@@ -70,6 +70,11 @@ class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {"role": ROLES[self.role], "content": text}
 
 
+class TextConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: dict[str, Any] | None = None
+    verbosity: Literal["medium"] | None = None
+
+
 class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str
     input: str | list[Item]
@@ -79,6 +84,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     top_p: float | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
+    text: TextConfig | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
 
@@ -94,7 +100,8 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         wishes: dict[str, Any] = dict(defaults)
         wishes |= {name: value for name in ("temperature", "top_p") if (value := getattr(self, name)) is not None}
         try:
-            return SamplingParams(**wishes, max_tokens=self.max_output_tokens, seed=seed)
+            structure = of_format(self.text.format, "text.format") if self.text is not None else None
+            return SamplingParams(**wishes, max_tokens=self.max_output_tokens, seed=seed, structure=structure)
         except RequestError as error:
             if error.param != "max_tokens":
                 raise
@@ -155,7 +162,7 @@ class ResponseAnswer:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": self.params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (asked.text and asked.text.format) or {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
             "top_p": self.params.top_p,

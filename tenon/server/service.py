@@ -270,6 +270,11 @@ class Service:
             raise Refusal(said, status=503, code=code, retry_after_s=1.0 if soon else 5.0)
         return self.ready
 
+    def expect_grammar(self) -> None:
+        """A request with a grammar will be submitted once that is compiled. Raises ``Refusal`` when not ready."""
+        self.require_ready()
+        self._tell(m.Expect())
+
     def close_sequence(self, flight: Flight, index: int, reason: str) -> None:
         """One sequence is over here; the engine is told to forget it."""
         if index not in flight.open:

@@ -21,6 +21,7 @@ from tenon.engine.executors import native
 from tenon.engine.executors.base import Executor
 from tenon.engine.executors.hash import HashExecutor
 from tenon.engine.executors.torch import TorchExecutor
+from tenon.engine.grammar import Masks
 from tenon.engine.messages import Add
 from tenon.engine.recompute import CostOf, alike
 from tenon.engine.scheduler import Scheduler
@@ -173,6 +174,8 @@ def engine(
     vocab_size: int,
     config: EngineConfig,
     cost_of: CostOf = alike,
+    masks: Masks | None = None,
+    eos_ids: tuple[int, ...] = (),
 ) -> Engine:
     executor.allocate(groups, n_blocks)
     longest = min((n_blocks - 1) * config.block_tokens, 512)
@@ -182,20 +185,29 @@ def engine(
         n_blocks,
         model="m",
         vocab_size=vocab_size,
-        eos_ids=(),
+        eos_ids=eos_ids,
         max_model_len=longest,
         secret=b"k" * 32,
         cost_of=cost_of,
+        masks=masks,
     )
-    return Engine(config, Identity("m", vocab_size, (), longest, 0, n_blocks, {}), scheduler, executor)
+    return Engine(config, Identity("m", vocab_size, eos_ids, longest, 0, n_blocks, {}), scheduler, executor)
 
 
-def hash_engine(n_blocks: int = 40, vocab_size: int = 1000, *, cost_of: CostOf = alike, **config: Any) -> Engine:
+def hash_engine(
+    n_blocks: int = 40,
+    vocab_size: int = 1000,
+    *,
+    cost_of: CostOf = alike,
+    masks: Masks | None = None,
+    eos_ids: tuple[int, ...] = (),
+    **config: Any,
+) -> Engine:
     """An engine without a model, with a full and a window group."""
     settings = EngineConfig(executor="hash", **config)
     size = settings.block_tokens
     groups = (KVGroup("m", (0, 1), "full", None, size, 1), KVGroup("m", (2,), "window", 8, size, 1))
-    return engine(HashExecutor(vocab_size), groups, n_blocks, vocab_size, settings, cost_of)
+    return engine(HashExecutor(vocab_size), groups, n_blocks, vocab_size, settings, cost_of, masks, eos_ids)
 
 
 def run(made: Engine, adds: Iterable[Add] = ()) -> Outputs:

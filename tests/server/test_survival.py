@@ -25,6 +25,7 @@ ASKED: list[dict[str, Any]] = [
     {"seed": 4, "prompt": ["a story", "of two"], "echo": True, "logprobs": 1},
     {"seed": 5, "stop": ["zz", "q!"], "presence_penalty": 1.0},
     {"seed": 6, "logit_bias": {"40": 5}, "bad_words": ["e"], "min_tokens": 40, "stop_token_ids": list(range(60, 90))},
+    {"seed": 8, "n": 2, "guided_regex": "([a-z]{2,4} ){400}", "ignore_eos": False},
     {"seed": 7, "messages": [{"role": "user", "content": "hello"}], "logprobs": True},
 ]
 """What sampling and text can be asked for, all at once."""

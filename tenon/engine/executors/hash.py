@@ -23,6 +23,10 @@ EMPTY = -7
 """What a slot holds that nothing has written to."""
 
 
+BELOW = 1000.0
+"""How far below the live tokens all others are."""
+
+
 class HashExecutor:
     """``n_live`` logits per row are finite: the rest of the vocabulary is never chosen."""
 
@@ -57,6 +61,11 @@ class HashExecutor:
         out[live] = rng.standard_normal(self._n_live, dtype=np.float32) * 2
         return out
 
+    def _others(self, context: I32, logits_V: np.ndarray) -> np.ndarray:
+        """The same with finite scores for all others too, far below: for who must choose where a mask allows few."""
+        rng = np.random.default_rng(np.append(context, self._vocab_size))
+        return np.maximum(logits_V, rng.standard_normal(self._vocab_size, dtype=np.float32) * 2 - BELOW)
+
     def submit(self, step: Step) -> Ticket:
         start_s = self._clock.now_s()
         span = np.repeat(np.arange(len(step.seq)), np.diff(step.q_start))
@@ -68,7 +77,10 @@ class HashExecutor:
                 slots[group.moves[:, 1]] = slots[group.moves[:, 0]]
             slots[group.slot] = tok
         rows = [self._visible(step, span, tok, int(row)) for row in step.out_row]
-        logits_RV = np.stack([self.logits(r) for r in rows]) if rows else np.zeros((0, self._vocab_size), np.float32)
+        found = [self.logits(row) for row in rows]
+        for r in np.flatnonzero(step.bitmask_index >= 0):
+            found[r] = self._others(rows[r], found[r])
+        logits_RV = np.stack(found) if rows else np.zeros((0, self._vocab_size), np.float32)
         result = sample_rows(step, logits_RV)
         for seq, token, want in zip(step.out_seq.tolist(), result.ids.tolist(), step.want.tolist(), strict=True):
             if want & SAMPLE:
