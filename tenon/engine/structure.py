@@ -47,8 +47,8 @@ class Structure:
         return RequestError(f"{self.param}: the {name} {said}", param=self.param, code="invalid_grammar")
 
 
-def json_schema(schema: Any, param: str) -> Structure:
-    """Raises ``RequestError`` for what is no schema, or says what could not be kept."""
+def json_schema(schema: Any, param: str, *, strict: bool = True) -> Structure:
+    """Raises ``RequestError`` for what is no schema and, if ``strict``, for one that says what could not be kept."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
@@ -62,7 +62,7 @@ def json_schema(schema: Any, param: str) -> Structure:
     except RecursionError as error:
         said = f"{param}: the schema is nested too deep; the limit is {MAX_DEPTH}"
         raise RequestError(said, param=param, code="invalid_grammar") from error
-    if (found := _unsupported(schema)) is not None:
+    if strict and (found := _unsupported(schema)) is not None:
         said = f"{param}: the keyword {found!r} cannot be enforced here; leave it out and check for it yourself"
         raise RequestError(said, param=param, code="unsupported_schema")
     return structure

@@ -194,9 +194,17 @@ class Detokenizer:
     token does not depend on how many went before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, at_start: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special: bool = True,
+        at_start: bool = True,
+        keep: frozenset[int] = frozenset(),
+    ) -> None:
+        """``keep``: special tokens that stay all the same."""
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special else frozenset()
+        self._skip = tokenizer.special_ids - keep if skip_special else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._first = at_start
         self._lead = tokenizer._decoding.lead if at_start else 0

@@ -6,6 +6,7 @@ Order of a stream: ``message_start``, one content block (``content_block_start``
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -15,21 +16,19 @@ import msgspec
 from tenon.base.errors import RequestError, TenonError
 from tenon.engine.params import SamplingParams
 from tenon.engine.structure import Structure
-from tenon.server.completions import Answer
+from tenon.server.completions import Answer, Said
 from tenon.server.failures import status_of
 from tenon.server.flights import Job
 from tenon.server.limits import Limits
 from tenon.server.protocol import check_count, convert, json_object, without_not_yet
-from tenon.server.responses import Head, Json, line_safe
+from tenon.server.responses import Collected, Head, Json, line_safe
 from tenon.server.structured import of_format
+from tenon.server.tools import Calling, Dialect, Function, Tool, calling
 
 PATH: Final = "/v1/messages"
 COUNT_PATH: Final = "/v1/messages/count_tokens"
 
 NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
-    "tools": (None, []),
-    "tool_choice": (None, {"type": "none"}),
-    "thinking": (None, {"type": "disabled"}),
     "service_tier": (None, "auto", "standard_only"),
     "container": (None,),
     "mcp_servers": (None, []),
@@ -43,21 +42,85 @@ _TYPES: Final = {
 }  # fmt: skip
 
 
-class TextBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TextBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
     """``cache_control`` asks for what happens anyway: every prompt is cached."""
 
-    type: Literal["text"]
     text: str
     cache_control: dict[str, Any] | None = None
     citations: list[Any] | None = None
 
 
-Content = str | list[TextBlock]
+class ThinkingBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="thinking"):
+    """A thought of the model's that comes back. Nothing is signed here."""
+
+    thinking: str
+    signature: str | None = None
+
+
+class ToolUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="tool_use"):
+    id: str
+    name: str
+    input: dict[str, Any]
+    caller: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+class ToolResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="tool_result"):
+    tool_use_id: str
+    content: str | list[TextBlock] | None = None
+    is_error: bool | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+Block = TextBlock | ThinkingBlock | ToolUse | ToolResult
 
 
 class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: Literal["user", "assistant"]
-    content: Content
+    content: str | list[Block]
+
+    def flat(self) -> list[dict[str, Any]]:
+        """As templates see it: results of tools are messages of their own, before what the user says besides."""
+        if isinstance(self.content, str):
+            return [{"role": self.role, "content": self.content}]
+        results = [
+            {"role": "tool", "tool_call_id": block.tool_use_id, "content": _text(block.content or "")}
+            for block in self.content
+            if isinstance(block, ToolResult)
+        ]
+        text = "".join(block.text for block in self.content if isinstance(block, TextBlock))
+        if results and not text:
+            return results
+        said: dict[str, Any] = {"role": self.role, "content": text}
+        if thought := "".join(block.thinking for block in self.content if isinstance(block, ThinkingBlock)):
+            said["reasoning_content"] = thought
+        calls = [
+            {"type": "function", "id": block.id, "function": {"name": block.name, "arguments": block.input}}
+            for block in self.content
+            if isinstance(block, ToolUse)
+        ]
+        return [*results, said | ({"tool_calls": calls} if calls else {})]
+
+
+class AnthropicTool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    input_schema: dict[str, Any]
+    description: str | None = None
+    type: Literal["custom"] | None = None
+    strict: bool | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+class ToolChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = None
+    display: Literal["summarized", "omitted"] | None = None
 
 
 class Conversation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,15 +128,32 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: str
     messages: list[Turn]
-    system: Content | None = None
+    system: str | list[TextBlock] | None = None
+    tools: list[AnthropicTool] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
 
-    def flat(self) -> list[dict[str, str]]:
-        """What a chat template sees. Raises ``RequestError`` where the last turn is the model's own."""
+    def said(self, dialect: Dialect | None) -> Said:
+        """What a chat template sees. Raises ``RequestError`` where the last turn is the model's own, and for tools that
+        cannot be had."""
         if self.messages[-1].role != "user":
             said = "the last message must be the user's: an answer that is begun by the client is not continued here"
             raise RequestError(said, param="messages", code="unsupported")
         system = [] if self.system is None else [{"role": "system", "content": _text(self.system)}]
-        return system + [{"role": turn.role, "content": _text(turn.content)} for turn in self.messages]
+        messages = system + [one for turn in self.messages for one in turn.flat()]
+        variables = {} if self.thinking is None else {"enable_thinking": self.thinking.type != "disabled"}
+        return Said(messages, self._calling(dialect), variables)
+
+    def _calling(self, dialect: Dialect | None) -> Calling | None:
+        tools = [
+            Tool("function", Function(tool.name, tool.description, tool.input_schema, tool.strict))
+            for tool in self.tools or ()
+        ]
+        chosen = self.tool_choice
+        if chosen is None:
+            return calling(tools, None, None, dialect)
+        choice: Any = {"auto": "auto", "any": "required", "none": "none", "tool": {"name": chosen.name}}[chosen.type]
+        return calling(tools, choice, not chosen.disable_parallel_tool_use, dialect)
 
 
 class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -115,7 +195,7 @@ class MessagesRequest(Conversation, frozen=True, kw_only=True, forbid_unknown_fi
             raise
 
 
-def _text(content: Content) -> str:
+def _text(content: str | list[TextBlock]) -> str:
     return content if isinstance(content, str) else "".join(block.text for block in content)
 
 
@@ -166,14 +246,14 @@ class MessageAnswer:
             "output_tokens": usage.completion_tokens,
         }
 
-    def _message(self, text: str | None, reason: str | None) -> Json:
+    def _message(self, content: list[Json], reason: str | None) -> Json:
         stop = self.answer.outputs[0].stop
         return {
             "id": self.head.id,
             "type": "message",
             "role": "assistant",
             "model": self.head.model,
-            "content": [] if text is None else [{"type": "text", "text": text}],
+            "content": content,
             "stop_reason": None if reason is None else _stop_reason(reason, stop),
             "stop_sequence": stop,
             "usage": self._usage(),
@@ -181,33 +261,80 @@ class MessageAnswer:
 
     async def whole(self) -> Json:
         """The answer in one piece. Raises what the request failed with."""
-        text, reason = [], None
+        collected = Collected()
         async for _, piece in self.answer.pieces():
-            text.append(piece.text)
-            reason = piece.finish_reason or reason
-        return self._message("".join(text), reason)
+            collected.add(piece)
+        thought, text = "".join(collected.reasoning), "".join(collected.text)
+        content: list[Json] = [{"type": "thinking", "thinking": thought, "signature": ""}] if thought else []
+        content += [{"type": "text", "text": text}] if text or not collected.calls else []
+        for call in collected.calls:
+            arguments = "".join(call.arguments)
+            try:
+                given = msgspec.json.decode(arguments)
+            except msgspec.DecodeError:  # cut off by max_tokens
+                given = {}
+            content.append({"type": "tool_use", "id": _call_id(), "name": call.name, "input": given})
+        return self._message(content, collected.finish_reason)
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events; one terminal: ``message_stop`` or ``error``."""
-        yield _event("message_start", message=self._message(None, None))
-        yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-        reason = ""
+        yield _event("message_start", message=self._message([], None))
+        blocks, reason = _Blocks(), ""
         try:
             async for _, piece in self.answer.pieces():
+                if piece.reasoning:
+                    started = blocks.to("thinking", thinking="", signature="")
+                    yield started + blocks.delta("thinking_delta", thinking=piece.reasoning)
                 if piece.text:
-                    yield _event("content_block_delta", index=0, delta={"type": "text_delta", "text": piece.text})
+                    yield blocks.to("text", text="") + blocks.delta("text_delta", text=piece.text)
+                for part in piece.calls:
+                    if part.name is not None:
+                        yield blocks.to("tool_use", anew=True, id=_call_id(), name=part.name, input={})
+                    if part.arguments:
+                        yield blocks.delta("input_json_delta", partial_json=part.arguments)
                 reason = piece.finish_reason or reason
         except TenonError as error:
             yield _event("error", error=error_json(error)["error"])
             return
         stop = self.answer.outputs[0].stop
-        yield _event("content_block_stop", index=0)
+        yield blocks.end()
         ending = {"stop_reason": _stop_reason(reason, stop), "stop_sequence": stop}
         yield _event("message_delta", delta=ending, usage=self._usage())
         yield _event("message_stop")
 
 
+class _Blocks:
+    """Content blocks of a stream, one after another."""
+
+    def __init__(self) -> None:
+        self._index = -1
+        self._kind = ""
+
+    def to(self, kind: str, *, anew: bool = False, **fields: Any) -> bytes:
+        """What it takes to be in a block of this kind: nothing, or the end of one and the start of the next."""
+        if kind == self._kind and not anew:
+            return b""
+        ended = self._stop()
+        self._index, self._kind = self._index + 1, kind
+        start = _event("content_block_start", index=self._index, content_block={"type": kind} | fields)
+        return ended + start
+
+    def delta(self, kind: str, **fields: Any) -> bytes:
+        return _event("content_block_delta", index=self._index, delta={"type": kind} | fields)
+
+    def end(self) -> bytes:
+        """The last block's end; an answer without any has an empty text."""
+        return (self.to("text", text="") if not self._kind else b"") + self._stop()
+
+    def _stop(self) -> bytes:
+        return _event("content_block_stop", index=self._index) if self._kind else b""
+
+
+def _call_id() -> str:
+    return f"toolu_{secrets.token_hex(12)}"
+
+
 def _stop_reason(reason: str, stop: str | None) -> str:
-    if reason == "length":
-        return "max_tokens"
+    if reason in ("length", "tool_calls"):
+        return "max_tokens" if reason == "length" else "tool_use"
     return "end_turn" if stop is None else "stop_sequence"

@@ -151,7 +151,7 @@ class Routes:
         text, head = completions.require_model(body.model), completions.head(kind, origin)
         params = body.params(text.generation.sampling(), draw_seed())
         face = ChatFace(head, text, logprobs=False)
-        return await completions.converse(body.flat(), params, text, face, None, origin), head, params
+        return await completions.converse(body.said(text.dialect), params, text, face, None, origin), head, params
 
     async def responses(self, request: Request) -> Response:
         origin = self._origin(request)
@@ -166,7 +166,10 @@ class Routes:
         _caller(request).take_request()
         body = anthropic.parse_count(await self._body(request), self._limits)
         text = self._completions.tokenizer(body.model)
-        ids = await tokens.ids_of(text, await text.render(body.flat()), special=False)
+        said = body.said(text.dialect)
+        tools = said.calling.to_template() if said.calling is not None else None
+        rendered = await text.render(said.messages, tools=tools, variables=said.variables)
+        ids = await tokens.ids_of(text, rendered, special=False)
         return Json({"input_tokens": len(ids)})
 
     def _origin(self, request: Request) -> Origin:

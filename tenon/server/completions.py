@@ -7,11 +7,12 @@ HTTP status; what goes wrong later in a stream is one error event without ``[DON
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -40,6 +41,10 @@ from tenon.server.responses import (
 from tenon.server.service import Service
 from tenon.server.text import Echo, IncrementalDecoder, OutputText, Piece
 from tenon.server.tokens import ids_of
+from tenon.server.tool_text import ToolText
+from tenon.server.tools import Calling, calling
+
+_log = logging.getLogger("tenon.server")
 
 COMPLETION_MAX_TOKENS: Final = 16
 """OpenAI's default for ``/v1/completions``; a chat answer may fill the context."""
@@ -64,7 +69,8 @@ class Answer:
 
     def usage(self) -> Usage:
         n_output = 0 if self.echoes_only else sum(output.n_tokens for output in self.outputs)
-        return Usage(self.n_prompt, n_output, self.job.cached_tokens)
+        n_thought = sum(output.n_thought for output in self.outputs)
+        return Usage(self.n_prompt, n_output, self.job.cached_tokens, n_thought)
 
     @property
     def _n(self) -> int:
@@ -107,7 +113,7 @@ class Answer:
                     self._score(choice // self._n)
                     if opening := self.face.opening(choice):
                         yield stream_chunk(self.face, opening, usage)
-                if piece.text or piece.logprobs:
+                if piece.text or piece.logprobs or piece.reasoning or piece.calls:
                     yield stream_chunk(self.face, self.face.content(choice, piece), usage)
                 if piece.finish_reason is not None:
                     yield stream_chunk(self.face, self.face.finish(choice, piece.finish_reason), usage)
@@ -134,6 +140,15 @@ class Answer:
                 if self.echoes_only:
                     piece = Piece("", (), "length" if output.finished else None)
                 yield choice, piece
+
+
+@dataclass(frozen=True)
+class Said:
+    """A conversation as a template sees it, and what else the template is to know."""
+
+    messages: Sequence[dict[str, Any]]
+    calling: Calling | None = None
+    variables: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -187,13 +202,18 @@ class Completions:
         """``/v1/chat/completions`` up to the engine's acceptance. Raises ``RequestError``."""
         text = self.require_model(request.model)
         params = self._params(request, text)
-        face = ChatFace(self.head("chatcmpl", origin), text, logprobs=bool(request.logprobs))
-        messages = [message.flat(i) for i, message in enumerate(request.messages)]
-        return await self.converse(messages, params, text, face, request.stream_options, origin)
+        id_length = text.dialect.id_length if text.dialect is not None else None
+        face = ChatFace(self.head("chatcmpl", origin), text, logprobs=bool(request.logprobs), id_length=id_length)
+        said = Said(
+            [message.flat(i) for i, message in enumerate(request.messages)],
+            calling(request.tools, request.tool_choice, request.parallel_tool_calls, text.dialect),
+            _variables(request, text),
+        )
+        return await self.converse(said, params, text, face, request.stream_options, origin)
 
     async def converse(
         self,
-        messages: Sequence[dict[str, str]],
+        said: Said,
         params: SamplingParams,
         text: ModelText,
         face: Face,
@@ -201,12 +221,27 @@ class Completions:
         origin: Origin,
     ) -> Answer:
         """What follows a conversation, up to the engine's acceptance. Raises ``RequestError``."""
-        prompt = await ids_of(text, await text.render(messages), special=False)
+        dialect, tools = text.dialect, None
+        if said.variables and not _reads_thinking(text):
+            _log.warning(
+                "this model's chat template does not ask for thinking; what a request says of it has no effect"
+            )
+        if said.calling is not None and dialect is not None:
+            tools, form = said.calling.to_template(), said.calling.structure(dialect)
+            if form is not None and params.structure is not None:
+                raise RequestError(
+                    "the form of an answer and calls that are forced or strict cannot be had together",
+                    param=params.structure.param,
+                    code="invalid_value",
+                )
+            params = params if form is None else params.with_(structure=form)
+        rendered = await text.render(said.messages, tools=tools, variables=said.variables)
+        prompt = await ids_of(text, rendered, special=False)
         room = self._service.require_ready().max_model_len - len(prompt)
         max_tokens = params.max_tokens or max(1, min(text.generation.max_new_tokens or room, room))
         bad_words = text.spellings(params.bad_words)
         add = self._add(prompt, params, max_tokens, text, bad_words, 0, origin)
-        return await self._submit([add], params, text, face, options, origin.caller)
+        return await self._submit([add], params, text, face, options, origin.caller, said)
 
     def tokenizer(self, model: str | None) -> ModelText:
         """For those who only count. Raises ``Refusal``: another model, or not loaded yet."""
@@ -265,6 +300,7 @@ class Completions:
         face: Face,
         options: StreamOptions | None,
         caller: Caller,
+        said: Said | None = None,
     ) -> Answer:
         n_scored = sum(len(add.prompt) for add in adds if add.prompt_logprobs >= 0)
         check_work(len(adds), params, max(add.max_tokens for add in adds), n_scored, self._service.limits)
@@ -276,11 +312,7 @@ class Completions:
         except asyncio.CancelledError:
             job.abort()
             raise
-        outputs = [
-            OutputText(text.detokenizer(add.prompt), params.stop, params.min_tokens)
-            for add in adds
-            for _ in range(add.n)
-        ]
+        outputs = [_output(text, add, params, said) for add in adds for _ in range(add.n)]
         return Answer(job, face, outputs, sum(len(add.prompt) for add in adds), options or StreamOptions())
 
     async def _with_grammar(
@@ -298,6 +330,36 @@ class Completions:
     def head(self, kind: str, origin: Origin) -> Head:
         """What the objects of an answer repeat."""
         return Head(f"{kind}-{origin.request_id}", int(self._service.clock.wall_s()), self._service.model)
+
+
+def _variables(request: ChatRequest, text: ModelText) -> dict[str, Any]:
+    """What else the template is to know. Raises ``RequestError`` for what it does not read."""
+    given, template = request.variables(), "".join(text.renderer.templates.sources.values())
+    for name in request.chat_template_kwargs or ():
+        if name not in template:
+            where = f"chat_template_kwargs.{name}"
+            raise RequestError(f"the model's chat template does not read {name}", param=where, code="unsupported")
+    if request.reasoning_effort not in (None, "none") and not _reads_thinking(text):
+        said = "this model has no reasoning_effort: its chat template does not ask for any"
+        raise RequestError(said, param="reasoning_effort", code="unsupported")
+    return given
+
+
+def _reads_thinking(text: ModelText) -> bool:
+    template = "".join(text.renderer.templates.sources.values())
+    return "enable_thinking" in template or "reasoning_effort" in template
+
+
+def _output(text: ModelText, add: Add, params: SamplingParams, said: Said | None) -> OutputText:
+    """Of one sequence. What only answers the conversation ``said`` is told as thoughts, calls and the rest."""
+    if said is None:
+        return OutputText(text.detokenizer(add.prompt), params.stop, params.min_tokens)
+    thought, dialect = text.thought(add.prompt), text.dialect
+    if said.calling is None or dialect is None:
+        return OutputText(text.detokenizer(add.prompt), params.stop, params.min_tokens, thought)
+    decoder = text.detokenizer(add.prompt, keep=dialect.marks)
+    parser = ToolText(dialect, [function.name for function in said.calling.functions])
+    return OutputText(decoder, params.stop, params.min_tokens, thought, parser)
 
 
 def _stop_ids(params: SamplingParams, text: ModelText) -> tuple[int, ...]:

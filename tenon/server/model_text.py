@@ -6,12 +6,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tenon.engine.grammar import Compiler, Vocabulary
 from tenon.models.generation import GenerationDefaults, read_generation
 from tenon.models.hf_config import read_config
 from tenon.models.template import Renderer, load_templates
-from tenon.models.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+from tenon.models.tokenizer import Detokenizer, Tokenizer, is_thinking, load_tokenizer
+from tenon.server.text import Thought
+from tenon.server.tools import Dialect, dialect_of
 
 _log = logging.getLogger("tenon.server")
 
@@ -37,9 +40,21 @@ class ModelText:
         """The text of a prompt given as ids."""
         return self.tokenizer.decode(ids)
 
-    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
-        """An incremental decoder for what follows ``prompt``."""
-        return Detokenizer(self.tokenizer, at_start=not prompt)
+    def detokenizer(self, prompt: Sequence[int], keep: Sequence[str] = ()) -> Detokenizer:
+        """An incremental decoder for what follows ``prompt``. ``keep``: special tokens that stay in the text."""
+        kept = frozenset(token for name in keep if (token := self.tokenizer.token_id(name)) is not None)
+        return Detokenizer(self.tokenizer, at_start=not prompt, keep=kept)
+
+    @property
+    def dialect(self) -> Dialect | None:
+        """How the model writes calls of tools, as its template tells."""
+        sources = self.renderer.templates.sources
+        return dialect_of(self.renderer.templates.choose(tools=True)) if sources else None
+
+    def thought(self, prompt: Sequence[int]) -> Thought | None:
+        """Of an answer to ``prompt``, for a model that thinks between tokens of its own."""
+        think = self.tokenizer.think
+        return Thought(think, begun=is_thinking(prompt, think)) if think is not None else None
 
     def token_text(self, token: int) -> str:
         """A token's name in log-probabilities: its text or, where its bytes are none, those, so that names differ."""
@@ -53,9 +68,18 @@ class ModelText:
         """The token's exact bytes."""
         return self.tokenizer.token_bytes(token)
 
-    async def render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+    async def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+    ) -> str:
         """The chat as one text that ends where the answer begins. Raises ``RequestError``."""
-        return await self.renderer.render_async(messages, add_generation_prompt=add_generation_prompt)
+        return await self.renderer.render_async(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+        )
 
     def close(self) -> None:
         """End the processes that render and compile."""

@@ -7,6 +7,7 @@ not implement yet is accepted at the value that asks for nothing and refused at 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from typing import Any, Final, Literal, TypeVar
 
@@ -16,18 +17,15 @@ from tenon.base.errors import RequestError
 from tenon.engine.params import MAX_N, SamplingParams
 from tenon.server import structured
 from tenon.server.limits import Limits
+from tenon.server.tools import Tool
 
 NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "suffix": (None, ""),
     "audio": (None,),
     "modalities": (None, ["text"]),
     "prediction": (None,),
-    "reasoning_effort": (None,),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
     "service_tier": (None, "auto", "default"),
@@ -41,14 +39,10 @@ NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
 """Fields of the API that are not implemented, with the values that ask for nothing."""
 
 _MESSAGE_NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
-    "tool_calls": (None, []),
-    "tool_call_id": (None,),
     "function_call": (None,),
     "refusal": (None,),
     "audio": (None,),
     "annotations": (None, []),
-    "reasoning_content": (None, ""),
-    "reasoning": (None, ""),
 }
 
 WISHES: Final = (
@@ -57,7 +51,11 @@ WISHES: Final = (
 )  # fmt: skip
 """Fields that ``SamplingParams`` takes as they are."""
 
-ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES: Final = {
+    "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+}  # fmt: skip
+RESERVED: Final = ("messages", "tools", "documents", "add_generation_prompt")
+"""What a template's variables may not be called by a client."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -129,32 +127,78 @@ class CompletionRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fiel
         )
 
 
+class FunctionCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call that the model made, as it comes back in the conversation. ``index`` is a stream's, and says nothing."""
+
+    function: FunctionCall
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+    def flat(self, where: str) -> dict[str, Any]:
+        """As templates see it: the arguments are an object. Raises ``RequestError`` where they are none."""
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            where = f"{where}.function.arguments"
+            said = f"{where} must be a JSON object as a string, got {self.function.arguments!r:.80}"
+            raise RequestError(said, param=where, code="invalid_value")
+        call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        return call | ({"id": self.id} if self.id is not None else {})
+
+
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
-    def flat(self, index: int) -> dict[str, str]:
-        """What a template sees. Raises ``RequestError`` for a part that is not text."""
+    def flat(self, index: int) -> dict[str, Any]:
+        """What a template sees. Raises ``RequestError`` for a part that is not text, and for what another role has."""
         where = f"messages[{index}].content"
         if self.content is None and self.role != "assistant":
             raise RequestError(f"{where} is missing", param=where, code="invalid_value")
-        parts = [{"type": "text", "text": self.content or ""}] if not isinstance(self.content, list) else self.content
-        for part in parts:
-            if part.get("type") != "text":
-                raise RequestError(
-                    f"{where} has a part of type {part.get('type')!r}; this model takes parts of type 'text' only",
-                    param=where,
-                    code="unsupported_content",
-                )
-            if not isinstance(part.get("text"), str) or part.keys() != {"type", "text"}:
-                raise RequestError(
-                    f"{where} has a part that is not {{'type': 'text', 'text': string}}",
-                    param=where,
-                    code="invalid_value",
-                )
-        flat = {"role": ROLES[self.role], "content": "".join(part["text"] for part in parts)}
-        return flat | ({"name": self.name} if self.name is not None else {})
+        for field, role in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, field) and self.role != role:
+                said = f"messages[{index}].{field} is for messages whose role is {role}, got {self.role}"
+                raise RequestError(said, param=f"messages[{index}].{field}", code="invalid_value")
+        flat: dict[str, Any] = {"role": ROLES[self.role], "content": text_of(self.content, where)}
+        flat |= {"name": self.name} if self.name is not None else {}
+        flat |= {"tool_call_id": self.tool_call_id} if self.tool_call_id is not None else {}
+        if thought := self.reasoning_content or self.reasoning:
+            flat["reasoning_content"] = thought
+        if self.tool_calls:
+            calls = [call.flat(f"messages[{index}].tool_calls[{i}]") for i, call in enumerate(self.tool_calls)]
+            flat["tool_calls"] = calls
+        return flat
+
+
+def text_of(content: str | list[dict[str, Any]] | None, where: str) -> str:
+    """A content's text. Raises ``RequestError`` for a part that is none."""
+    if not isinstance(content, list):
+        return content or ""
+    for part in content:
+        if part.get("type") != "text":
+            raise RequestError(
+                f"{where} has a part of type {part.get('type')!r}; this model takes parts of type 'text' only",
+                param=where,
+                code="unsupported_content",
+            )
+        if not isinstance(part.get("text"), str) or part.keys() != {"type", "text"}:
+            raise RequestError(
+                f"{where} has a part that is not {{'type': 'text', 'text': string}}", param=where, code="invalid_value"
+            )
+    return "".join(part["text"] for part in content)
 
 
 class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -162,6 +206,23 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def variables(self) -> dict[str, Any]:
+        """What else the template is to know. Raises ``RequestError`` for what is not a client's to say."""
+        given = dict(self.chat_template_kwargs or {})
+        taken = next((name for name in given if name in RESERVED), None)
+        if taken is not None:
+            where = f"chat_template_kwargs.{taken}"
+            raise RequestError(f"{where} is set by the server", param=where, code="invalid_value")
+        if self.reasoning_effort is not None:
+            given.setdefault("reasoning_effort", self.reasoning_effort)
+            given.setdefault("enable_thinking", self.reasoning_effort != "none")
+        return given
 
 
 def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:

@@ -8,6 +8,7 @@ of a stream: an opening chunk per choice (chat: its role), contents, a chunk wit
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -28,6 +29,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int = 0
 
     def to_json(self) -> Json:
         return {
@@ -35,7 +37,16 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
+
+
+@dataclass
+class Call:
+    """A call of a tool as it comes together."""
+
+    name: str
+    arguments: list[str]
 
 
 @dataclass
@@ -45,9 +56,16 @@ class Collected:
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
         self.text.append(piece.text)
+        self.reasoning.append(piece.reasoning)
+        for part in piece.calls:
+            if part.name is not None:
+                self.calls.append(Call(part.name, []))
+            self.calls[part.index].arguments.append(part.arguments)
         self.logprobs.extend(piece.logprobs)
         self.finish_reason = piece.finish_reason or self.finish_reason
 
@@ -95,22 +113,49 @@ class Face(Protocol):
 class ChatFace:
     """``chat.completion`` and its chunks."""
 
-    def __init__(self, head: Head, texts: TokenTexts, *, logprobs: bool) -> None:
-        self._head, self._texts, self._logprobs = head, texts, logprobs
+    def __init__(self, head: Head, texts: TokenTexts, *, logprobs: bool, id_length: int | None = None) -> None:
+        """``id_length``: of the ids of calls, where the model's template insists on one."""
+        self._head, self._texts, self._logprobs, self._id_length = head, texts, logprobs, id_length
 
     def opening(self, choice: int) -> Json | None:
         return self._chunk(choice, {"role": "assistant", "content": ""})
 
     def content(self, choice: int, piece: Piece) -> Json:
-        return self._chunk(choice, {"content": piece.text}, logprobs=piece.logprobs)
+        delta: Json = {"content": piece.text} if piece.text or not (piece.reasoning or piece.calls) else {}
+        if piece.reasoning:
+            delta["reasoning_content"] = piece.reasoning
+        if piece.calls:
+            delta["tool_calls"] = [
+                {"index": part.index, "function": {"arguments": part.arguments}}
+                if part.name is None
+                else {"index": part.index, "id": self.call_id(), "type": "function"}
+                | {"function": {"name": part.name, "arguments": part.arguments}}
+                for part in piece.calls
+            ]
+        return self._chunk(choice, delta, logprobs=piece.logprobs)
+
+    def call_id(self) -> str:
+        """A new one."""
+        return secrets.token_hex(16)[: self._id_length] if self._id_length else f"call_{secrets.token_hex(12)}"
 
     def finish(self, choice: int, reason: str) -> Json:
         return self._chunk(choice, {}, reason=reason)
 
     def choice(self, choice: int, collected: Collected) -> Json:
+        text = "".join(collected.text)
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        if any(collected.reasoning):
+            message["reasoning_content"] = "".join(collected.reasoning)
+        if collected.calls:
+            message["content"] = text or None
+            message["tool_calls"] = [
+                {"id": self.call_id(), "type": "function"}
+                | {"function": {"name": call.name, "arguments": "".join(call.arguments)}}
+                for call in collected.calls
+            ]
         return {
             "index": choice,
-            "message": {"role": "assistant", "content": "".join(collected.text), "refusal": None},
+            "message": message,
             "logprobs": self._logprobs_json(collected.logprobs) if self._logprobs else None,
             "finish_reason": collected.finish_reason,
         }

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from tenon.engine.messages import Delta, PromptScores
+from tenon.server.tool_text import CallPart, ToolText
 
 LEAST_LOGPROB: Final = -9999.0
 """Of a token that cannot come: JSON has no infinities."""
@@ -87,6 +88,45 @@ class Piece:
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
+    reasoning: str = ""
+    """What the model thinks before it answers."""
+    calls: tuple[CallPart, ...] = ()
+
+
+class Thought:
+    """Where a model's thinking begins and ends: between two tokens, the first of which may stand in the prompt.
+
+    Line breaks after either mark, and before the second, belong to neither text.
+    """
+
+    def __init__(self, marks: tuple[int, int], *, begun: bool) -> None:
+        self._open, self._close = marks
+        self.is_on = begun
+        self._is_fresh = begun
+        """Nothing but line breaks has come since the last mark."""
+        self._breaks = ""
+
+    def is_mark(self, token: int, n_before: int) -> bool:
+        """Whether the token, after so many others, begins or ends the thought."""
+        if self.is_on and token == self._close:
+            self.is_on, self._is_fresh, self._breaks = False, True, ""
+            return True
+        if n_before == 0 and not self.is_on and token == self._open:
+            self.is_on = self._is_fresh = True
+            return True
+        return False
+
+    def trim(self, text: str) -> str:
+        """What of this text, the thought's or what follows it, is to be told now."""
+        if self._is_fresh:
+            text = text.lstrip("\n")
+            self._is_fresh = not text
+        if self.is_on:
+            text = self._breaks + text
+            said = text.rstrip("\n")
+            self._breaks = text[len(said) :]
+            return said
+        return text
 
 
 class Echo:
@@ -115,10 +155,21 @@ def _token_logprob(token: int, logprob: float | None, top: Sequence[tuple[int, f
 class OutputText:
     """The text of one sequence as it grows. ``n_tokens`` counts what was generated, stop tokens included.
 
-    Stop strings are looked for in what follows the first ``min_tokens`` tokens.
+    Stop strings are looked for in what follows the first ``min_tokens`` tokens, and not in a ``thought``. ``calls``
+    takes the calls of tools out of the text.
     """
 
-    def __init__(self, decoder: IncrementalDecoder, stops: Sequence[str], min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        decoder: IncrementalDecoder,
+        stops: Sequence[str],
+        min_tokens: int = 0,
+        thought: Thought | None = None,
+        calls: ToolText | None = None,
+    ) -> None:
+        self._thought, self._calls = thought, calls
+        self.n_thought = 0
+        """Tokens of the thought, its marks among them."""
         self._decoder = decoder
         self._min_tokens = min_tokens
         self._scanner = StopScanner(stops)
@@ -134,35 +185,63 @@ class OutputText:
         return self._scanner.found
 
     def push(self, delta: Delta) -> Piece:
-        """Take a delta. The piece's ``finish_reason`` is "stop" where a stop string was completed."""
-        text = ""
+        """Take a delta. The piece's ``finish_reason`` is "stop" where a stop string was completed, and "tool_calls"
+        where it would be "stop" and calls have been made."""
+        piece = self._push(delta)
+        if self._calls is None:
+            return piece
+        text, calls = self._calls.push(piece.text)
+        reason = piece.finish_reason
+        if reason is not None:
+            more, last = self._calls.flush()
+            text, calls = text + more, [*calls, *last]
+            reason = "tool_calls" if reason == "stop" and self._calls.n_calls else reason
+        return replace(piece, text=text, calls=tuple(calls), finish_reason=reason)
+
+    def _push(self, delta: Delta) -> Piece:
+        text = reasoning = ""
+        thought = self._thought
         for i, token in enumerate(delta.ids):
             self.n_tokens += 1
             if delta.stop_id is not None and i == len(delta.ids) - 1 and token == delta.stop_id:
                 break
             start = self._decoded
-            new = self._decoder.push([token])
+            is_mark = thought is not None and thought.is_mark(token, self.n_tokens - 1)
+            thinks = is_mark or (thought is not None and thought.is_on)
+            self.n_thought += thinks
+            new = "" if is_mark else self._decoder.push([token])
             self._decoded += len(new)
             if delta.logprobs:
                 top = delta.top[i] if delta.top else ()
                 self._pending.append((self._decoded, _token_logprob(token, delta.logprobs[i], top, start)))
+            if thinks and thought is not None:
+                self._released += len(new)
+                reasoning += thought.trim(new)
+                continue
+            if thought is not None:
+                trimmed = thought.trim(new)
+                self._released += len(new) - len(trimmed)
+                new = trimmed
             text += self._scanner.push(new) if self.n_tokens > self._min_tokens else new
             if self._scanner.found is not None:
-                return self._end(text, "stop", cut=True)
+                return self._end(text, "stop", reasoning, cut=True)
         if delta.finish_reason is None:
             self._released += len(text)
-            return Piece(text, self._completed())
-        text += self._scanner.push(self._decoder.flush())
+            return Piece(text, self._completed(), reasoning=reasoning)
+        rest = self._decoder.flush()
+        if thought is not None and thought.is_on:
+            return self._end(text, delta.finish_reason, reasoning + thought.trim(rest), cut=False)
+        text += self._scanner.push(rest)
         if self._scanner.found is not None:
-            return self._end(text, "stop", cut=True)
-        return self._end(text + self._scanner.flush(), delta.finish_reason, cut=False)
+            return self._end(text, "stop", reasoning, cut=True)
+        return self._end(text + self._scanner.flush(), delta.finish_reason, reasoning, cut=False)
 
-    def _end(self, text: str, reason: str, *, cut: bool) -> Piece:
+    def _end(self, text: str, reason: str, reasoning: str, *, cut: bool) -> Piece:
         self.finished = True
         self._released += len(text)
         logprobs = tuple(entry for _, entry in self._pending if not cut or entry.offset < self._released)
         self._pending.clear()
-        return Piece(text, logprobs, reason)
+        return Piece(text, logprobs, reason, reasoning)
 
     def _completed(self) -> tuple[TokenLogprob, ...]:
         done: list[TokenLogprob] = []
