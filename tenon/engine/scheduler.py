@@ -23,11 +23,13 @@ from tenon.engine.chunks import Chunks
 from tenon.engine.config import EngineConfig
 from tenon.engine.counters import Counters
 from tenon.engine.explain import Explainer
+from tenon.engine.integrity import check_integrity
 from tenon.engine.lane import Lane
-from tenon.engine.messages import Accepted, Add, Delta, PromptScores
+from tenon.engine.messages import Accepted, Add, Delta, Embedded, PromptScores
 from tenon.engine.pending import Pending
 from tenon.engine.policies.evict import Evict
 from tenon.engine.policies.table import POLICIES
+from tenon.engine.pooling import pooled, with_hidden
 from tenon.engine.recompute import CostOf, alike
 from tenon.engine.reuse import hold, resident, runs_of, turn_of
 from tenon.engine.scoring import told, with_scores
@@ -75,6 +77,7 @@ class Scheduler:
         self.running: list[Seq] = []
         self.counters = Counters()
         self.prompt_scores: list[PromptScores] = []
+        self.embedded: list[Embedded] = []
         """Not yet taken by whoever sends them."""
         self.pending = Pending()
         self.chunks = chunks or Chunks(config, groups)
@@ -196,7 +199,7 @@ class Scheduler:
     def _assembled(self) -> Step:
         self.counters.steps += 1
         step = self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
-        return with_scores(step, self._spans) if any(span.seq.to_score for span in self._spans) else step
+        return with_hidden(with_scores(step, self._spans), self._spans)
 
     def leave_lane(self) -> None:
         """What runs has changed, or is taken further by somebody else: the next step is looked for anew."""
@@ -234,7 +237,7 @@ class Scheduler:
             if n_blocks - n_hits > min(pool.n_available for pool in self.pools):
                 return False
         gaps = config.reuse == "blocks"
-        looks = config.prefix_cache and not seq.to_score
+        looks = config.prefix_cache and seq.reads_cache
         cached, awaited = resident(seq, self.pools, self.pending, gaps=gaps) if looks else ({}, {})
         seq.looked_up = len(cached) + len(awaited), self._n_offered()
         # Matched idle blocks count as available until they are held.
@@ -359,6 +362,9 @@ class Scheduler:
                 deltas.append(self._append(target, ids[row], row, result))
                 row += 1
             n_new += len(targets)
+        for done in pooled(step, self._spans, result):
+            self.abort(done.request_id, reason="stop")
+            self.embedded.append(done)
         self.counters.output_tokens += n_new
         self._spans = []
         return deltas
@@ -484,15 +490,4 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Conservation of blocks, requests and queues. Raises ``IntegrityError``."""
-        holders = [seq for request in self.requests.values() for seq in request.seqs if seq.n_blocks]
-        for group, pool in enumerate(self.pools):
-            pool.check_integrity([seq.tables[group][: seq.n_blocks] for seq in holders])
-        self.pending.check_integrity(self.running)
-        if {s.id for s in self.running} != {s.id for s in holders}:
-            raise IntegrityError("the sequences that run are not those that hold blocks")
-        if any(seq.n_computed >= seq.n_tokens or seq.state is not RUNNING for seq in self.running):
-            raise IntegrityError("a running sequence has nothing left to compute, or is not marked as running")
-        if self.counters.started != len(self.requests) + sum(self.counters.finished.values()):
-            raise IntegrityError("started requests are not those being served plus those finished")
-        if len(np.unique([s.id for s in (*self.running, *self.waiting)])) != len(self.running) + len(self.waiting):
-            raise IntegrityError("a sequence stands in the queues twice")
+        check_integrity(self)

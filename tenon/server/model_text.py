@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tenon.models.embedding import EmbeddingSpec, read_embedding
 from tenon.models.generation import GenerationDefaults, read_generation
 from tenon.models.hf_config import read_config
 from tenon.models.template import Renderer, load_templates
@@ -17,11 +18,13 @@ _log = logging.getLogger("tenon.server")
 
 @dataclass(frozen=True)
 class ModelText:
-    """``generation``: what the model's makers recommend, used where a request says nothing."""
+    """``generation``: what the model's makers recommend, used where a request says nothing; ``embedding``: how they
+    make embeddings."""
 
     tokenizer: Tokenizer
     renderer: Renderer
     generation: GenerationDefaults
+    embedding: EmbeddingSpec
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Ids of a text; ``special`` adds what the model wants around a plain one. Raises ``RequestError``."""
@@ -64,9 +67,9 @@ def load_model_text(folder: Path) -> ModelText:
     """Reads ``folder``. Raises ``CheckpointError`` naming the file that is damaged or missing."""
     spec = read_config(folder)
     tokenizer = load_tokenizer(folder, spec.vocab_size)
-    generation = read_generation(folder, spec)
+    generation, embedding = read_generation(folder, spec), read_embedding(folder, spec)
     for warning in generation.warnings:
         _log.warning("%s", warning)
     renderer = Renderer(load_templates(folder))
     renderer.check()
-    return ModelText(tokenizer, renderer, generation)
+    return ModelText(tokenizer, renderer, generation, embedding)
