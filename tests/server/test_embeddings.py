@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from tenon.server.events import EventHub
 from tenon.server.keys import Caller
 from tenon.server.limits import Limits
 from tenon.server.service import Service
-from tests.server.conftest import CONFIG, PATIENCE_S, Running
+from tests.server.conftest import CONFIG, PATIENCE_S, Running, wait_for
 
 WIDTH = int(str(CONFIG["hidden_size"]))
 
@@ -116,3 +119,20 @@ def test_another_engine_is_asked_again() -> None:
     assert [one["embedding"] for one in answer["data"]] == [[2.0], [1.0]]
     assert answer["usage"] == {"prompt_tokens": 4, "total_tokens": 4}
     assert service.n_running == 0
+
+
+@pytest.mark.slow
+def test_vectors_are_the_same_where_the_engine_was_killed(own_server: Callable[..., Running]) -> None:
+    server = own_server()
+    body = {"input": [[i, *range(200), i] * 10 for i in range(100)]}
+    undisturbed = server.post("/v1/embeddings", body).json()
+    with ThreadPoolExecutor(1) as pool:
+        others = [ids[::-1] for ids in body["input"]]
+        asked = pool.submit(server.post, "/v1/embeddings", {"input": others + body["input"][:28]})
+        wait_for(lambda: server.metrics()["tenon_requests_running"] > 0)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        answer = asked.result(PATIENCE_S).json()
+    assert [one["embedding"] for one in answer["data"][100:]] == [one["embedding"] for one in undisturbed["data"][:28]]
+    assert len(answer["data"]) == 128
+    assert server.metrics()["tenon_engine_restarts_total"] == 1
+    assert server.metrics()["tenon_requests_replayed_total"] > 0
