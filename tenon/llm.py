@@ -14,15 +14,19 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from tenon.base.clock import SYSTEM
 from tenon.base.errors import ContextTooLong, RequestError
 from tenon.engine.build import build_engine
 from tenon.engine.config import EngineConfig
+from tenon.engine.embed import wanted
 from tenon.engine.grammar import Compiler, Vocabulary
 from tenon.engine.messages import Add, Grammar
 from tenon.engine.params import SamplingParams
+from tenon.models.embedding import read_embedding
 from tenon.models.generation import read_generation
 from tenon.models.hf_config import read_config
 from tenon.models.hub import resolve
@@ -81,6 +85,7 @@ class LLM:
         self.spec = read_config(folder)
         self.tokenizer = load_tokenizer(folder, self.spec.vocab_size)
         self.defaults = read_generation(folder, self.spec)
+        self.embedding = read_embedding(folder, self.spec)
         self._renderer = Renderer(load_templates(folder), n_workers=1)
         self._grammars = Compiler(Vocabulary(str(folder), self.spec.vocab_size, self.defaults.eos_ids))
         self._progress = progress
@@ -103,17 +108,44 @@ class LLM:
         ``params`` None takes the model's own ``generation_config.json``. Raises ``RequestError`` naming the first
         prompt that cannot be served; then none of them is.
         """
+        ids = self._ids(prompts)
+        params = params or self._defaults()
+        each = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(ids):
+            raise RequestError(f"{len(ids)} prompts need as many params, got {len(each)}", param="params")
+        return self._run(ids, each)
+
+    def embed(self, texts: Prompt | Sequence[Prompt], *, dimensions: int | None = None) -> NDArray[np.float32]:
+        """Vectors (n, width) of texts, or of token ids, from the last hidden states, pooled as the checkpoint's makers
+        do; ``dimensions`` keeps the first ones. Raises ``RequestError`` naming what cannot be served."""
+        asked = wanted(self.embedding, dimensions)
+        found: dict[str, NDArray[np.float32] | None] = {}
+        try:
+            for ids in self._ids(texts):
+                self._n_requests += 1
+                name = f"llm-{self._n_requests}"
+                self.engine.add(Add(name, tuple(ids), 0, 0, arrival_s=SYSTEM.now_s(), embed=asked))
+                found[name] = None
+            while self.engine.has_work:
+                if lost := next((delta for delta in self.engine.tick(SYSTEM.now_s()) if delta.error is not None), None):
+                    raise RequestError(f"text {list(found).index(lost.request_id)} failed: {lost.error}")
+                for one in self.engine.take_embedded():
+                    found[one.request_id] = np.frombuffer(one.vector, "<f4")
+        except BaseException:
+            for name in found:
+                self.engine.abort(name)
+            self.engine.take_embedded()
+            raise
+        rows = [row for row in found.values() if row is not None]
+        return np.stack(rows) if rows else np.zeros((0, dimensions or self.embedding.width), np.float32)
+
+    def _ids(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
         many: list[Prompt] = (
             [prompts]  # type: ignore[list-item]
             if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
             else list(prompts)  # type: ignore[arg-type]
         )
-        params = params or self._defaults()
-        each = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(many):
-            raise RequestError(f"{len(many)} prompts need as many params, got {len(each)}", param="params")
-        ids = [self.tokenizer.encode(p, add_special=True) if isinstance(p, str) else list(p) for p in many]
-        return self._run(ids, each)
+        return [self.tokenizer.encode(p, add_special=True) if isinstance(p, str) else list(p) for p in many]
 
     def chat(self, messages: Sequence[dict[str, Any]], params: SamplingParams | None = None) -> Answer:
         """Answer a conversation of ``{"role": ..., "content": ...}`` through the model's chat template."""

@@ -37,6 +37,7 @@ LIGHT = (
     "tenon.models.template",
     "tenon.models.template_worker",
     "tenon.models.generation",
+    "tenon.models.embedding",
     "tenon.models.hub",
     "tenon.training.corpus",
     "tenon.training.tokenizer",

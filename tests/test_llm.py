@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tenon import LLM, SamplingParams
@@ -103,3 +104,19 @@ def test_the_example_runs() -> None:
         [sys.executable, "examples/generate.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "def add(a, b):" in done.stdout
+
+
+def test_texts_are_embedded_in_their_order(llm: LLM) -> None:
+    vectors = llm.embed(["import os\n", "def f(x):\n", "import os\n"])
+    assert vectors.shape == (3, llm.spec.hidden_size)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-6)
+    assert vectors[0] == pytest.approx(vectors[2], abs=0.02)  # bf16, in other company
+    assert vectors[0] @ vectors[1] < 0.99
+    assert llm.embed(llm.tokenizer.encode("def f(x):\n", add_special=True))[0] == pytest.approx(vectors[1], abs=0.02)
+    assert llm.embed("import os\n", dimensions=8).shape == (1, 8)
+    assert llm.embed([]).shape == (0, llm.spec.hidden_size)
+    with pytest.raises(RequestError, match="dimensions must be from 1 to"):
+        llm.embed("x", dimensions=10**6)
+    with pytest.raises(ContextTooLong, match="maximum context length is 512"):
+        llm.embed([[1] * 10, [1] * 600])
+    assert llm.engine.stats(0).running == llm.engine.stats(0).waiting == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tenon.base.errors import ContextTooLong, RequestError
+from tenon.engine.embed import check_embed
 from tenon.engine.messages import Add
 
 
@@ -13,7 +14,9 @@ def check(add: Add, vocab_size: int, max_model_len: int, max_sequences: int) -> 
     n_prompt = len(add.prompt)
     if n_prompt == 0:
         raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
-    if add.max_tokens < 1 or add.n < 1:
+    if add.embed is not None:
+        check_embed(add)
+    elif add.max_tokens < 1 or add.n < 1:
         message = f"max_tokens and n must be at least 1, got {add.max_tokens} and {add.n}"
         raise RequestError(message, param="max_tokens")
     if add.min_tokens > add.max_tokens:
@@ -21,7 +24,7 @@ def check(add: Add, vocab_size: int, max_model_len: int, max_sequences: int) -> 
         raise RequestError(message, param="min_tokens", code="invalid_value")
     if (add.outputs or add.index) and add.n > 1:
         raise RequestError("a sequence goes on alone: n must be 1 with outputs or an index", param="n")
-    if len(add.outputs) >= add.max_tokens:
+    if len(add.outputs) >= add.max_tokens and add.embed is None:
         message = f"max_tokens must exceed what was generated already, got {add.max_tokens} and {len(add.outputs)}"
         raise RequestError(message, param="max_tokens")
     _require_known("prompt", add.prompt, vocab_size)

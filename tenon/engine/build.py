@@ -85,15 +85,17 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
     if config.kv_bytes is not None:
         plan_memory(config, spec, groups, 0)  # what cannot fit is said before the weights are loaded
     executor: Executor
+    generates = True
     if config.executor == "hash":
         from tenon.engine.executors.hash import HashExecutor
 
-        executor, free = HashExecutor(spec.vocab_size), 1 << 30
+        executor, free = HashExecutor(spec.vocab_size, width=spec.hidden_size), 1 << 30
     else:
         from tenon.engine.executors.torch import TorchExecutor
 
         torch_executor = TorchExecutor.load(folder, spec, config, on_phase, clock)
         executor, free = torch_executor, torch_executor.free_bytes()
+        generates = torch_executor.has_head
     memory = plan_memory(config, spec, groups, free)
     on_phase("memory", 0.0, f"{memory.kv_bytes / 2**20:.0f} MiB for {memory.tokens} tokens")
     executor.allocate(groups, memory.n_blocks)
@@ -131,5 +133,6 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
             "numerics": config.numerics,
             "notes": "; ".join((*caps.notes, *([predicted.note] if predicted.note else ()))),
         },
+        generates=generates,
     )
     return Engine(config, identity, scheduler, Isolated(executor), clock, on_close=masks.close)

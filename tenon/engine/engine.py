@@ -15,7 +15,19 @@ from tenon.base.errors import RequestError, ResourceError
 from tenon.engine.config import EngineConfig
 from tenon.engine.executors.base import Executor
 from tenon.engine.kv_log import MAX_EVENTS
-from tenon.engine.messages import Accepted, Add, Delta, KVEvent, KVEvents, Misses, PromptScores, Ready, Residency, Stats
+from tenon.engine.messages import (
+    Accepted,
+    Add,
+    Delta,
+    Embedded,
+    KVEvent,
+    KVEvents,
+    Misses,
+    PromptScores,
+    Ready,
+    Residency,
+    Stats,
+)
 from tenon.engine.residency import residency
 from tenon.engine.scheduler import Scheduler
 
@@ -31,6 +43,8 @@ class Identity:
     kv_bytes: int
     n_blocks: int
     description: dict[str, str]
+    generates: bool = True
+    """False: its checkpoint has no output layer, so that it can only embed."""
 
 
 class Engine:
@@ -74,6 +88,9 @@ class Engine:
         """Queue a request. Raises ``RequestError`` and its children; then nothing has changed."""
         if self._draining:
             raise RequestError("the server is shutting down and takes no new requests", code="draining")
+        if add.embed is None and not self.identity.generates:
+            said = "this model has no output layer: it makes embeddings and generates nothing"
+            raise RequestError(said, param="model", code="unsupported")
         return self.scheduler.add(add)
 
     def abort(self, request_id: str, index: int = -1, *, reason: str = "abort") -> bool:
@@ -134,6 +151,11 @@ class Engine:
     def take_prompt_scores(self) -> list[PromptScores]:
         """What was scored of prompts since this was last called."""
         found, self.scheduler.prompt_scores = self.scheduler.prompt_scores, []
+        return found
+
+    def take_embedded(self) -> list[Embedded]:
+        """Prompts that were embedded since this was last called."""
+        found, self.scheduler.embedded = self.scheduler.embedded, []
         return found
 
     def take_kv_events(self, limit: int = MAX_EVENTS) -> KVEvents:

@@ -1,10 +1,8 @@
-"""What always holds of a scheduler between steps, as conservation laws."""
+"""Whether what the scheduler holds adds up: after every step of a test, and whenever somebody asks."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from tenon.base.errors import IntegrityError
 from tenon.engine.sequence import State
@@ -13,9 +11,9 @@ if TYPE_CHECKING:
     from tenon.engine.scheduler import Scheduler
 
 
-def check(scheduler: Scheduler) -> None:
+def check_integrity(scheduler: Scheduler) -> None:
     """Conservation of blocks, requests and queues. Raises ``IntegrityError``."""
-    requests, running, waiting = scheduler.requests, scheduler.running, scheduler.waiting
+    running, waiting, requests = scheduler.running, scheduler.waiting, scheduler.requests
     holders = [seq for request in requests.values() for seq in request.seqs if seq.n_blocks]
     for group, pool in enumerate(scheduler.pools):
         pool.check_integrity([seq.tables[group][: seq.n_blocks] for seq in holders])
@@ -26,5 +24,5 @@ def check(scheduler: Scheduler) -> None:
         raise IntegrityError("a running sequence has nothing left to compute, or is not marked as running")
     if scheduler.counters.started != len(requests) + sum(scheduler.counters.finished.values()):
         raise IntegrityError("started requests are not those being served plus those finished")
-    if len(np.unique([s.id for s in (*running, *waiting)])) != len(running) + len(waiting):
+    if len({s.id for s in (*running, *waiting)}) != len(running) + len(waiting):
         raise IntegrityError("a sequence stands in the queues twice")

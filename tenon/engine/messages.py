@@ -30,6 +30,15 @@ class Grammar(msgspec.Struct, frozen=True):
     """Whether the prompt has begun such a thought."""
 
 
+class Embed(msgspec.Struct, frozen=True):
+    """What of a prompt's last hidden states is wanted: the "last" token's or their "mean", its first ``dimensions``
+    (0: all), of length one where it is to ``normalize``."""
+
+    pooling: str
+    normalize: bool = True
+    dimensions: int = 0
+
+
 class Add(msgspec.Struct, frozen=True, tag="add"):
     """Serve this request. ``seed`` is always set: the HTTP process draws one where the caller did not.
 
@@ -67,6 +76,8 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     index: int = 0
     outputs: tuple[int, ...] = ()
     again: bool = False
+    embed: Embed | None = None
+    """Generate nothing (``max_tokens`` is 0): an ``Embedded`` comes of the prompt, and the request is over."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -168,6 +179,13 @@ class PromptScores(msgspec.Struct, frozen=True, tag="prompt_scores"):
     start: int
     logprobs: tuple[float, ...]
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+
+class Embedded(msgspec.Struct, frozen=True, tag="embedded"):
+    """All that comes of a request that has ``embed``. ``vector``: float32, little-endian."""
+
+    request_id: str
+    vector: bytes
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
@@ -298,7 +316,18 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
 
 ToEngine = Add | Abort | LoadWeights | Drain | Reset | Forget | Expect | Watch
 FromEngine = (
-    Phase | Ready | Accepted | Rejected | Misses | PromptScores | Outputs | Stats | KVEvents | Residency | Fatal
+    Phase
+    | Ready
+    | Accepted
+    | Rejected
+    | Misses
+    | PromptScores
+    | Embedded
+    | Outputs
+    | Stats
+    | KVEvents
+    | Residency
+    | Fatal
 )
 
 

@@ -65,6 +65,7 @@ class Opening(msgspec.Struct, frozen=True, tag="opening", forbid_unknown_fields=
     whole_steps: bool
     block_costs: tuple[float, ...] = ()
     """Of the blocks in position order, as policies weigh them; empty where all cost the same."""
+    generates: bool = True
 
 
 class Taken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -183,6 +184,7 @@ class RecordedEngine(Engine):
                 device=caps.device,
                 dtype=caps.dtype,
                 whole_steps=whole_steps,
+                generates=engine.identity.generates,
                 block_costs=tuple(
                     map(scheduler.cost_of, range(0, scheduler.max_model_len, engine.config.block_tokens))
                 ),
@@ -439,7 +441,7 @@ def _fresh(opening: Opening, path: Path) -> tuple[Engine, VirtualClock, _Recorde
     )
     scheduler.weights_version = opening.weights_version
     length, vocabulary = opening.max_model_len, opening.vocab_size
-    identity = Identity(opening.model, vocabulary, opening.eos_ids, length, 0, opening.n_blocks, {})
+    identity = Identity(opening.model, vocabulary, opening.eos_ids, length, 0, opening.n_blocks, {}, opening.generates)
     return Engine(config, identity, scheduler, executor, clock), clock, recorded
 
 

@@ -16,7 +16,6 @@ from functools import partial
 import numpy as np
 
 from tenon.base.errors import IntegrityError, Overloaded, RequestError
-from tenon.engine import integrity
 from tenon.engine.admission import check
 from tenon.engine.assemble import Assembler, Span
 from tenon.engine.blocks import DIGEST_BYTES, BlockPool, root_digest
@@ -25,11 +24,13 @@ from tenon.engine.config import EngineConfig
 from tenon.engine.counters import Counters
 from tenon.engine.explain import Explainer
 from tenon.engine.grammar import Masks, begin
+from tenon.engine.integrity import check_integrity
 from tenon.engine.lane import Lane
-from tenon.engine.messages import Accepted, Add, Delta, PromptScores
+from tenon.engine.messages import Accepted, Add, Delta, Embedded, PromptScores
 from tenon.engine.pending import Pending
 from tenon.engine.policies.evict import Evict
 from tenon.engine.policies.table import POLICIES
+from tenon.engine.pooling import pooled, with_hidden
 from tenon.engine.recompute import CostOf, alike
 from tenon.engine.reuse import hold, resident, runs_of, turn_of
 from tenon.engine.scoring import output_scores, told, with_scores
@@ -79,6 +80,7 @@ class Scheduler:
         self.running: list[Seq] = []
         self.counters = Counters()
         self.prompt_scores: list[PromptScores] = []
+        self.embedded: list[Embedded] = []
         """Not yet taken by whoever sends them."""
         self.pending = Pending()
         self.chunks = chunks or Chunks(config, groups)
@@ -208,7 +210,7 @@ class Scheduler:
     def _assembled(self) -> Step:
         self.counters.steps += 1
         step = self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
-        return with_scores(step, self._spans) if any(span.seq.to_score for span in self._spans) else step
+        return with_hidden(with_scores(step, self._spans), self._spans)
 
     def leave_lane(self) -> None:
         """What runs has changed, or is taken further by somebody else: the next step is looked for anew."""
@@ -247,7 +249,7 @@ class Scheduler:
             if n_blocks - n_hits > min(pool.n_available for pool in self.pools):
                 return False
         gaps = config.reuse == "blocks"
-        looks = config.prefix_cache and not seq.to_score
+        looks = config.prefix_cache and seq.reads_cache
         cached, awaited = resident(seq, self.pools, self.pending, gaps=gaps) if looks else ({}, {})
         seq.looked_up = len(cached) + len(awaited), self._n_offered()
         # Matched idle blocks count as available until they are held.
@@ -372,6 +374,9 @@ class Scheduler:
                 deltas.append(self._append(target, ids[row], row, result))
                 row += 1
             n_new += len(targets)
+        for done in pooled(step, self._spans, result):
+            self.abort(done.request_id, reason="stop")
+            self.embedded.append(done)
         self.counters.output_tokens += n_new
         self._spans = []
         return deltas
@@ -492,4 +497,4 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Conservation of blocks, requests and queues. Raises ``IntegrityError``."""
-        integrity.check(self)
+        check_integrity(self)

@@ -8,14 +8,15 @@ prompt has been scored once. A step's scores come after its samples, and are sen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 
 from tenon.engine.assemble import Span
 from tenon.engine.messages import PromptScores
+from tenon.engine.outputs import with_outputs
 from tenon.engine.sequence import State
-from tenon.engine.step import I32, SCORE, Params, Step, StepResult
+from tenon.engine.step import SCORE, Step, StepResult
 
 
 def positions(span: Span) -> range:
@@ -28,8 +29,7 @@ def with_scores(step: Step, spans: Sequence[Span]) -> Step:
     """The step of ``spans`` with an output more for each row that scores."""
     first, count, tokens, row, places = [], [], [], [], []
     for i, span in enumerate(spans):
-        scored = positions(span)
-        if not span.seq.to_score or not scored:
+        if not span.seq.to_score or not (scored := positions(span)):
             continue
         first.append(i)
         count.append(len(scored))
@@ -39,30 +39,14 @@ def with_scores(step: Step, spans: Sequence[Span]) -> Step:
     if not first:
         return step
     seqs = [spans[i].seq for i in first]
-    R, S, n_params = sum(count), len(first), len(step.params.seed)
-    params = Params(
-        temperature=np.zeros(S, np.float32), top_k=np.zeros(S, np.int32), top_p=np.ones(S, np.float32),
-        min_p=np.zeros(S, np.float32), seed=np.zeros(S, np.uint64), sample=np.zeros(S, np.int32),
-        n_logprobs=np.array([seq.request.add.prompt_logprobs for seq in seqs], np.int32),
-    )  # fmt: skip
-    joined = {f.name: np.concatenate((getattr(step.params, f.name), getattr(params, f.name))) for f in fields(Params)}
+    n_logprobs = [seq.request.add.prompt_logprobs for seq in seqs]
+    longer = with_outputs(step, SCORE, [seq.id for seq in seqs], n_logprobs, row, places)
+    n = sum(count)
     return replace(
-        step,
-        out_row=_more(step.out_row, np.concatenate(row).astype(np.int32)),
-        out_seq=np.concatenate((step.out_seq, np.repeat(np.array([seq.id for seq in seqs], np.int64), count))),
-        out_position=_more(step.out_position, np.concatenate(places).astype(np.int32)),
-        want=np.concatenate((step.want, np.full(R, SCORE, np.uint8))),
-        params_index=_more(step.params_index, np.repeat(n_params + np.arange(S, dtype=np.int32), count)),
-        bitmask_index=_more(step.bitmask_index, np.full(R, -1, np.int32)),
-        params=Params(**joined),
-        edit_start=_more(step.edit_start, np.full(R, step.edit_start[-1], np.int32)),
-        score_start=_more(step.score_start, 1 + np.arange(R, dtype=np.int32)),
+        longer,
+        score_start=np.concatenate((step.score_start, 1 + np.arange(n, dtype=np.int32))),
         score_token=np.concatenate(tokens).astype(np.int32),
     )
-
-
-def _more(one: I32, other: I32) -> I32:
-    return np.concatenate((one, other))
 
 
 def told(spans: Sequence[Span], result: StepResult) -> list[PromptScores]:

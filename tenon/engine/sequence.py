@@ -20,7 +20,7 @@ from tenon.engine.blocks import chain_digest
 from tenon.engine.edits import Edits, wanted
 from tenon.engine.grammar import Binding
 from tenon.engine.messages import Add
-from tenon.engine.step import I32
+from tenon.engine.step import F64, I32
 
 
 class State(Enum):
@@ -59,8 +59,11 @@ class Seq:
         self.turn = 1
         """Of its conversation, as far as the cache can tell."""
         self.pinned = False
-        self.heirs: list[Seq] = request.seqs
+        self.heirs: list[Seq] = request.seqs if request.add.embed is None else []
         """Whose next token its last row gives: all siblings' while they share the prompt's computing, then its own."""
+        self.n_pooled = 0
+        """Tokens of the prompt whose hidden states are in ``pooled``, their sum."""
+        self.pooled: F64 | None = None
         self.n_scored = 1
         """Tokens of the prompt that need no scoring any more: nothing says how likely the first is."""
         self.to_score = index == 0 and request.add.prompt_logprobs >= 0 and self.n_prompt > 1
@@ -84,6 +87,12 @@ class Seq:
     def n_slots(self) -> int:
         """Sequences that this one stands for: its siblings wait for the prompt that it computes."""
         return 1 if self.request.forked else self.request.add.n
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether what is resident need not be computed: not where every row is looked at."""
+        embed = self.request.add.embed
+        return not self.to_score and (embed is None or embed.pooling != "mean")
 
     def runs(self, budget: int, n_coming: int = 0) -> list[tuple[int, int]]:
         """(start, n) of what is to be computed next, at most ``budget`` rows: holes in order, then the tail.

@@ -8,7 +8,7 @@ bytes (``Step.pack`` / ``Step.unpack``). Rules an executor keeps:
 - A chain row (``parent`` -1) at position p sees its sequence's positions <= p through the block table. A tree
   row sees the positions up to its tree's root (the ancestor with parent -1), its ancestors and itself. A group's
   window applies to both.
-- Outputs that are only scored come after all others.
+- Outputs that are only scored come after all others, and after them those whose hidden states alone are wanted.
 - Padding rows write to the null block 0.
 
 Lengths: T rows, S spans, R outputs, P rows of the parameter table, B bit masks, V vocabulary.
@@ -31,6 +31,7 @@ U64 = NDArray[np.uint64]
 U32 = NDArray[np.uint32]
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 SAMPLE: Final = 1
 SCORE: Final = 2

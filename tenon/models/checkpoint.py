@@ -5,6 +5,8 @@ A checkpoint's tensors and the decoder's differ in grouping: q, k and v are rows
 part of which parameter it is. Loading checks every header against it before it allocates, then copies tensor by tensor
 out of the mapped files: memory peaks at one copy of the weights. Only safetensors are read; nothing is unpickled and no
 code of a checkpoint is run.
+
+A decoder that was saved alone, as embedding models are, has names without ``model.`` and mostly no output layer.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from tenon.models.spec import ModelSpec
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+HEAD: Final = "lm_head.weight"
 COMPUTE: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED: Final = frozenset({"F32", "BF16", "F16"})
-INERT: Final = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+INERT: Final = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Old checkpoints carry the rotary frequencies, which follow from the config."""
 PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -175,6 +178,16 @@ def compute_dtype(name: str) -> torch.dtype:
     return COMPUTE[name]
 
 
+def _is_alone(files: dict[str, SafetensorsFile]) -> bool:
+    """Whether the files hold a decoder that was saved without what is around it."""
+    return "embed_tokens.weight" in files
+
+
+def _renamed(parts: dict[str, Part]) -> dict[str, Part]:
+    """The layout of a decoder alone."""
+    return {name.removeprefix("model."): part for name, part in parts.items()}
+
+
 def load_decoder(
     folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", spec: ModelSpec | None = None
 ) -> Decoder:
@@ -185,9 +198,14 @@ def load_decoder(
     """
     spec = spec or read_config(folder)
     files = open_files(folder)
-    parts = layout(spec)
+    parts, has_head = layout(spec), True
+    if _is_alone(files):
+        parts = _renamed(parts)
+        has_head = spec.tie_embeddings or HEAD in files
+        if not has_head:
+            del parts[HEAD]
     used = _check(spec, parts, files, folder)
-    decoder = empty_decoder(spec, dtype or compute_dtype(spec.dtype), device)
+    decoder = empty_decoder(spec, dtype or compute_dtype(spec.dtype), device, has_head=has_head)
     parameters = dict(decoder.named_parameters())
     with torch.no_grad():
         for name in used:
@@ -201,7 +219,7 @@ def _check(spec: ModelSpec, parts: dict[str, Part], files: dict[str, Safetensors
     for name, file in files.items():
         if INERT.fullmatch(name):
             continue
-        if name == "lm_head.weight" and spec.tie_embeddings:
+        if name == HEAD and spec.tie_embeddings:
             _check_tied(files)
             continue
         if name not in parts:
@@ -233,24 +251,29 @@ def _check(spec: ModelSpec, parts: dict[str, Part], files: dict[str, Safetensors
 
 def _check_tied(files: dict[str, SafetensorsFile]) -> None:
     """A tied output layer that is stored all the same must be the embedding: else config or weights are wrong."""
-    head = files["lm_head.weight"]
-    embed = files.get("model.embed_tokens.weight")
-    if embed is not None and not torch.equal(head.tensor("lm_head.weight"), embed.tensor("model.embed_tokens.weight")):
+    head = files[HEAD]
+    name = "embed_tokens.weight" if _is_alone(files) else "model.embed_tokens.weight"
+    embed = files.get(name)
+    if embed is not None and not torch.equal(head.tensor(HEAD), embed.tensor(name)):
         raise CheckpointError(
             f"{head.path}: tensor 'lm_head.weight' differs from the embedding although the config says "
             f"tie_word_embeddings; set it to false or drop the tensor",
-            subject="lm_head.weight",
+            subject=HEAD,
         )
 
 
-def empty_decoder(spec: ModelSpec, dtype: torch.dtype, device: str | torch.device = "cpu") -> Decoder:
+def empty_decoder(
+    spec: ModelSpec, dtype: torch.dtype, device: str | torch.device = "cpu", *, has_head: bool = True
+) -> Decoder:
     """A decoder whose weights are allocated once and not set."""
     with torch.device("meta"):
         decoder = Decoder(spec).to(dtype)
-    if spec.tie_embeddings:
+    decoder.has_head = has_head
+    shares = spec.tie_embeddings or not has_head
+    if shares:
         decoder.lm_head.register_parameter("weight", None)  # else it would be allocated as a second tensor
     decoder.to_empty(device=device)
-    if spec.tie_embeddings:
+    if shares:
         decoder.lm_head.weight = decoder.embed.weight
     return decoder
 

@@ -163,6 +163,8 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         if spec.tie_embeddings:
             self.lm_head.weight = self.embed.weight
+        self.has_head = True
+        """False: its checkpoint has no output layer. The embedding stands in for it, and logits mean nothing."""
         inv, self.rope_factor = rope.frequencies(spec.rope, spec.head_dim)
         self.register_buffer("inv_freq", inv, persistent=False)
 

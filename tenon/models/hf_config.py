@@ -202,7 +202,8 @@ def _family(fields: Fields) -> Family:
     if name not in ARCHITECTURE:
         raise fields.unsupported("model_type", f"implemented are {', '.join(ARCHITECTURE)}")
     architectures = fields.raw.get("architectures")
-    if architectures is not None and (not isinstance(architectures, list) or ARCHITECTURE[name] not in architectures):
+    right = {ARCHITECTURE[name], ARCHITECTURE[name].replace("ForCausalLM", "Model")}  # the latter: without output layer
+    if architectures is not None and (not isinstance(architectures, list) or right.isdisjoint(map(str, architectures))):
         raise fields.unsupported("architectures", f"a {name} checkpoint must be a {ARCHITECTURE[name]}")
     return cast(Family, name)
 

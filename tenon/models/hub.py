@@ -13,8 +13,8 @@ EMBEDDED: Final = {"embedded": "target", "embedded-draft": "draft"}
 
 WANTED: Final = ("*.json", "*.safetensors", "*.jinja")
 """What is fetched from a hub: data alone, no code and no pickles."""
-NESTED: Final = ("*/*",)
-"""Folders inside a repository hold other formats of the same weights."""
+NESTED: Final = ("[!0-9]*/*", "[0-9][!_]*/*", "*/*.safetensors")
+"""Folders inside a repository hold other formats of the same weights; but ``1_Pooling`` says how to embed."""
 
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 

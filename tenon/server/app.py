@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tenon.base.errors import TenonError
 from tenon.engine.params import SamplingParams
-from tenon.server import anthropic, responses_api, tokens
+from tenon.server import anthropic, embeddings, responses_api, tokens
 from tenon.server.completions import Answer, Completions, Origin, draw_seed
 from tenon.server.events import EXTRAS
 from tenon.server.failures import Refusal, body_of, headers_of, status_of
@@ -106,13 +106,17 @@ async def _watching(receive: Receive, on_leave: Callable[[], None]) -> AsyncIter
         watcher.cancel()
 
 
-class Told(Protocol):
-    """An accepted request, in one API's words."""
+class Whole(Protocol):
+    """A request that the engine has got, in one API's words."""
 
     @property
     def job(self) -> Job: ...
 
     async def whole(self) -> Any: ...
+
+
+class Told(Whole, Protocol):
+    """One that may be told in pieces."""
 
     def stream(self) -> AsyncIterator[bytes]: ...
 
@@ -162,6 +166,15 @@ class Routes:
         answer, head, params = await self._conversed(body, "resp", origin)
         return responses_api.ResponseAnswer(answer, head, body, params)
 
+    async def embed(self, request: Request) -> Response:
+        origin = self._origin(request)
+        body = embeddings.parse_embeddings(await self._body(request), self._limits)
+        return await self._attended(request, self._embedded(body, origin))
+
+    async def _embedded(self, body: embeddings.EmbeddingRequest, origin: Origin) -> Response:
+        text = self._completions.require_model(body.model)
+        return await self._whole(await embeddings.embed(self._service, text, body, origin))
+
     async def count_tokens(self, request: Request) -> Response:
         _caller(request).take_request()
         body = anthropic.parse_count(await self._body(request), self._limits)
@@ -182,8 +195,12 @@ class Routes:
         return await read_body(request.receive, request.headers.get("content-length"), self._limits.body_bytes)
 
     async def _answer(self, request: Request, streamed: bool | None, accepting: Awaitable[Told]) -> Response:
-        """The answer in the form asked for. A client that leaves while it waits is noticed in every phase."""
-        work = asyncio.ensure_future(self._finish(streamed, accepting))
+        """The answer in the form asked for."""
+        return await self._attended(request, self._finish(streamed, accepting))
+
+    async def _attended(self, request: Request, answering: Coroutine[Any, Any, Response]) -> Response:
+        """What comes of it. A client that leaves while it waits is noticed in every phase."""
+        work = asyncio.ensure_future(answering)
         async with _watching(request.receive, partial(_cancel, work)):
             await asyncio.wait({work})
         return Response(status_code=499) if work.cancelled() else work.result()  # 499: nobody is there to read it
@@ -192,6 +209,9 @@ class Routes:
         answer = await accepting
         if streamed:
             return Streamed(answer.stream(), answer.job.abort)
+        return await self._whole(answer)
+
+    async def _whole(self, answer: Whole) -> Response:
         try:
             return Json(await answer.whole())
         except asyncio.CancelledError:
@@ -394,6 +414,7 @@ def build_app(
             Route("/v1/models/{name:path}", routes.model, methods=get),
             Route("/v1/completions", routes.completions, methods=post),
             Route("/v1/chat/completions", routes.chat, methods=post),
+            Route("/v1/embeddings", routes.embed, methods=post),
             Route(responses_api.PATH, routes.responses, methods=post),
             Route(anthropic.PATH, routes.messages, methods=post),
             Route(anthropic.COUNT_PATH, routes.count_tokens, methods=post),

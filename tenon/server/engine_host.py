@@ -105,6 +105,7 @@ class EngineHost:
         self._looked_at = False
         batch: list[m.FromEngine] = [*self._engine.take_misses()]
         batch += self._engine.take_prompt_scores()
+        batch += self._engine.take_embedded()
         batch.append(m.Outputs(self._step, tuple(deltas)))
         if now_s - self._stats_at_s >= STATS_EVERY_S or not self._engine.has_work:
             batch.append(self._stats(now_s))

@@ -52,6 +52,8 @@ class Flight:
     reasons: set[str] = field(default_factory=set)
     scores: list[m.PromptScores] = field(default_factory=list)
     """Of its prompt, where they are wanted: all of them before its first output."""
+    vector: bytes = b""
+    """What came of an ``Add`` that embeds."""
     cache: dict[str, Any] | None = None
     """What the cache had for its prompt; None until the engine takes it up."""
 

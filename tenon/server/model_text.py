@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tenon.engine.grammar import Compiler, Vocabulary
+from tenon.models.embedding import EmbeddingSpec, read_embedding
 from tenon.models.generation import GenerationDefaults, read_generation
 from tenon.models.hf_config import read_config
 from tenon.models.template import Renderer, load_templates
@@ -21,12 +22,14 @@ _log = logging.getLogger("tenon.server")
 
 @dataclass(frozen=True)
 class ModelText:
-    """``generation``: what the model's makers recommend, used where a request says nothing."""
+    """``generation``: what the model's makers recommend, used where a request says nothing; ``embedding``: how they
+    make embeddings."""
 
     tokenizer: Tokenizer
     renderer: Renderer
     generation: GenerationDefaults
     grammars: Compiler
+    embedding: EmbeddingSpec
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Ids of a text; ``special`` adds what the model wants around a plain one. Raises ``RequestError``."""
@@ -91,10 +94,10 @@ def load_model_text(folder: Path) -> ModelText:
     """Reads ``folder``. Raises ``CheckpointError`` naming the file that is damaged or missing."""
     spec = read_config(folder)
     tokenizer = load_tokenizer(folder, spec.vocab_size)
-    generation = read_generation(folder, spec)
+    generation, embedding = read_generation(folder, spec), read_embedding(folder, spec)
     for warning in generation.warnings:
         _log.warning("%s", warning)
     renderer = Renderer(load_templates(folder))
     renderer.check()
     grammars = Compiler(Vocabulary(str(folder), spec.vocab_size, generation.eos_ids))
-    return ModelText(tokenizer, renderer, generation, grammars)
+    return ModelText(tokenizer, renderer, generation, grammars, embedding)

@@ -112,19 +112,31 @@ class CompletionRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fiel
     @property
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt. Raises ``RequestError`` for a mixture or an empty list."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        kinds = {type(item) for item in self.prompt}
-        if kinds == {int}:
-            return [[item for item in self.prompt if isinstance(item, int)]]
-        if kinds == {str} or kinds == {list}:
-            return [item for item in self.prompt if not isinstance(item, int)]
-        raise RequestError(
-            "prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids, "
-            + ("got an empty list" if not kinds else "got a mixture"),
-            param="prompt",
-            code="invalid_value",
-        )
+        return prompts_of(self.prompt, "prompt")
+
+
+def prompts_of(given: str | list[str | int | list[int]], name: str) -> list[str | list[int]]:
+    """One entry per prompt of the field ``name``. Raises ``RequestError`` for a mixture or an empty list."""
+    if isinstance(given, str):
+        return [given]
+    kinds = {type(item) for item in given}
+    if kinds == {int}:
+        return [[item for item in given if isinstance(item, int)]]
+    if kinds == {str} or kinds == {list}:
+        return [item for item in given if not isinstance(item, int)]
+    raise RequestError(
+        f"{name} must be a string, a list of strings, a list of token ids or a list of lists of token ids, "
+        + ("got an empty list" if not kinds else "got a mixture"),
+        param=name,
+        code="invalid_value",
+    )
+
+
+def check_prompts(raw: dict[str, Any], name: str, limits: Limits) -> None:
+    """Prompts before they are looked at. Raises ``RequestError`` for too many."""
+    given = raw.get(name)
+    if isinstance(given, list) and given and not isinstance(given[0], int) and len(given) > limits.max_prompts:
+        raise _too_many(name, len(given), limits.max_prompts)
 
 
 class FunctionCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -228,9 +240,7 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
     """Raises ``RequestError`` naming the field."""
     raw = without_not_yet(json_object(body), NOT_YET, "")
-    prompt = raw.get("prompt")
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) and len(prompt) > limits.max_prompts:
-        raise _too_many("prompt", len(prompt), limits.max_prompts)
+    check_prompts(raw, "prompt", limits)
     request = convert(raw, CompletionRequest)
     if request.best_of is not None:
         _check_best_of(request, request.best_of)

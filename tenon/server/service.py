@@ -115,6 +115,10 @@ class Service:
             case m.PromptScores():
                 if flight := self._served.get(message.request_id):
                     flight.scores.append(message)
+            case m.Embedded():
+                if flight := self._served.get(message.request_id):
+                    flight.vector = message.vector
+                    self._deliver(flight, m.Delta(message.request_id, 0, (), "stop"))
             case m.Outputs():
                 for delta in message.deltas:
                     if flight := self._served.get(delta.request_id):

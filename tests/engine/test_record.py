@@ -17,7 +17,7 @@ from tenon.base.errors import ConfigError, RequestError, ResourceError
 from tenon.engine.build import build_engine
 from tenon.engine.config import EngineConfig
 from tenon.engine.engine import Engine
-from tenon.engine.messages import Add
+from tenon.engine.messages import Add, Embed
 from tenon.engine.record import Closing, Opening, RecordedEngine, Tick, read, replay
 from tenon.models.hf_config import read_config
 from tenon.models.hub import resolve
@@ -33,6 +33,9 @@ def requests(n: int, vocab_size: int, seed: int = 0) -> list[Add]:
         tail = tuple(random.integers(0, vocab_size, random.integers(1, 12)).tolist())
         prompt = beginnings[random.integers(4)][: random.integers(20, 71)] + tail
         n_samples = 2 if i % 29 == 0 else 1
+        if i % 6 == 4:
+            made.append(Add(f"r{i}", prompt, 0, seed=i, embed=Embed("mean" if i % 4 == 0 else "last")))
+            continue
         made.append(
             Add(
                 f"r{i}",
@@ -86,6 +89,7 @@ def test_a_replay_makes_the_same_steps(tmp_path: Path, whole_steps: bool) -> Non
     ticks = [f for f in frames if isinstance(f, Tick)]
     taken = [t for f in frames if not isinstance(f, Opening) for t in f.taken]
     assert any(t.refused for t in taken)
+    assert any(isinstance(t.message, Add) and t.message.embed is not None and not t.refused for t in taken)
     assert found.requests == sum(isinstance(t.message, Add) and not t.refused for t in taken)
     assert found.end_s == pytest.approx(ticks[-1].now_s + ticks[-1].seconds)
 

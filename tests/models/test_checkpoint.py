@@ -161,3 +161,31 @@ def test_random_weights_depend_on_the_seed_alone(name: str, saved: Saved) -> Non
     with torch.no_grad():
         spread = first(zoo.prompts(1, 30)[0], torch.arange(30)).std()
     assert 0.5 < spread < 2.0
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied-llama3"])
+def test_a_decoder_that_was_saved_alone(name: str, saved: Saved, tmp_path: Path) -> None:
+    def alone(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.pop("lm_head.weight", None)
+        for full in list(tensors):
+            tensors[full.removeprefix("model.")] = tensors.pop(full)
+
+    whole, made = load_decoder(saved(name)), load_decoder(altered(saved(name), tmp_path, alone))
+    assert made.has_head is whole.spec.tie_embeddings
+    assert made.spec == whole.spec
+    ours, theirs = dict(made.named_parameters()), dict(whole.named_parameters())
+    assert ours.keys() == theirs.keys() - ({"lm_head.weight"} if not made.has_head else set())
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert made.lm_head.weight is made.embed.weight
+
+
+def test_a_decoder_alone_may_have_an_output_layer_and_must_have_all_else(saved: Saved, tmp_path: Path) -> None:
+    def alone(tensors: dict[str, torch.Tensor]) -> None:
+        for full in list(tensors):
+            tensors[full.removeprefix("model.")] = tensors.pop(full)
+
+    folder = altered(saved("llama"), tmp_path, alone)
+    assert equal(load_decoder(folder), load_decoder(saved("llama")))
+    altered(folder, folder, lambda tensors: tensors.pop("norm.weight"))
+    with pytest.raises(CheckpointError, match=r"'norm\.weight' is missing"):
+        load_decoder(folder)

@@ -279,3 +279,10 @@ def test_a_damaged_file_gives_one_sentence(tmp_path: Path, data: bytes, said: st
 def test_a_missing_file_gives_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_a_decoder_without_its_output_layer_is_of_its_family(family: str) -> None:
+    assert parse_config(of(family, architectures=[f"{NAMES[family]}Model"])) == parse_config(of(family))
+    with pytest.raises(UnsupportedModel, match=f"must be a {NAMES[family]}ForCausalLM"):
+        parse_config(of(family, architectures=["LlamaModel"]))

@@ -25,6 +25,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "tiny", "messages": HELLO, "max_tokens": 2},
     "/v1/messages": {"model": "tiny", "messages": HELLO, "max_tokens": 2},
     "/v1/messages/count_tokens": {"model": "tiny", "messages": HELLO},
+    "/v1/embeddings": {"model": "tiny", "input": "hello"},
     "/v1/responses": {"model": "tiny", "input": "hello", "max_output_tokens": 2},
     "/tokenize": {"prompt": "hello"},
     "/detokenize": {"tokens": [1, 2, 3]},
@@ -132,7 +133,7 @@ def mutated(random_: random.Random, path: str) -> dict[str, Any]:
         "presence_penalty", "frequency_penalty", "repetition_penalty", "stop_token_ids", "ignore_eos", "stream_options",
         "user", "system",
         "stop_sequences", "tokens", "tools", "response_format", "max_completion_tokens", "add_special_tokens", "input",
-        "instructions", "max_output_tokens", "store",
+        "instructions", "max_output_tokens", "store", "dimensions", "encoding_format",
     ]  # fmt: skip
     body = dict(SOUND[path])
     for _ in range(random_.randint(1, 3)):

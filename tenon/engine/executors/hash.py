@@ -16,7 +16,7 @@ from tenon.base.errors import IntegrityError
 from tenon.base.philox import derive
 from tenon.engine.executors.base import Caps, Ticket
 from tenon.engine.sampling import sample_rows
-from tenon.engine.step import HIDDEN, I32, SAMPLE, Step, StepResult
+from tenon.engine.step import F32, HIDDEN, I32, SAMPLE, Step, StepResult
 from tenon.models.spec import KVGroup
 
 EMPTY = -7
@@ -28,12 +28,16 @@ BELOW = 1000.0
 
 
 class HashExecutor:
-    """``n_live`` logits per row are finite: the rest of the vocabulary is never chosen."""
+    """``n_live`` logits per row are finite: the rest of the vocabulary is never chosen. Hidden states are ``width``
+    numbers that say nothing of the logits."""
 
-    def __init__(self, vocab_size: int, *, seed: int = 0, n_live: int = 32, clock: Clock = SYSTEM) -> None:
+    def __init__(
+        self, vocab_size: int, *, seed: int = 0, n_live: int = 32, width: int = 16, clock: Clock = SYSTEM
+    ) -> None:
         self._vocab_size = vocab_size
         self._seed = seed
         self._n_live = min(n_live, vocab_size)
+        self._width = width
         self._clock = clock
         self._slots: list[I32] = []
         self._windows: list[int | None] = []
@@ -54,9 +58,7 @@ class HashExecutor:
     def logits(self, context: I32) -> np.ndarray:
         """(V,) scores of the token after ``context``: a function of nothing else."""
         out = np.full(self._vocab_size, -np.inf, np.float32)
-        key = (self._seed % 2**64).to_bytes(8, "little")
-        digest = blake2b(context.astype(np.int32).tobytes(), key=key, digest_size=16).digest()
-        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+        rng = self._drawing(context, b"")
         live = rng.choice(self._vocab_size, self._n_live, replace=False)
         out[live] = rng.standard_normal(self._n_live, dtype=np.float32) * 2
         return out
@@ -65,6 +67,15 @@ class HashExecutor:
         """The same with finite scores for all others too, far below: for who must choose where a mask allows few."""
         rng = np.random.default_rng(np.append(context, self._vocab_size))
         return np.maximum(logits_V, rng.standard_normal(self._vocab_size, dtype=np.float32) * 2 - BELOW)
+
+    def hidden(self, context: I32) -> F32:
+        """(M,) the last hidden state of ``context``'s last token: a function of nothing else."""
+        return self._drawing(context, b"hidden").standard_normal(self._width, dtype=np.float32)
+
+    def _drawing(self, context: I32, what: bytes) -> np.random.Generator:
+        key = (self._seed % 2**64).to_bytes(8, "little")
+        digest = blake2b(context.astype(np.int32).tobytes(), key=key, digest_size=16, person=what).digest()
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
     def submit(self, step: Step) -> Ticket:
         start_s = self._clock.now_s()
@@ -77,16 +88,17 @@ class HashExecutor:
                 slots[group.moves[:, 1]] = slots[group.moves[:, 0]]
             slots[group.slot] = tok
         rows = [self._visible(step, span, tok, int(row)) for row in step.out_row]
-        found = [self.logits(row) for row in rows]
+        n = int(np.count_nonzero(step.want != HIDDEN))
+        found = [self.logits(row) for row in rows[:n]]
         for r in np.flatnonzero(step.bitmask_index >= 0):
             found[r] = self._others(rows[r], found[r])
-        logits_RV = np.stack(found) if rows else np.zeros((0, self._vocab_size), np.float32)
+        logits_RV = np.stack(found) if n else np.zeros((0, self._vocab_size), np.float32)
         result = sample_rows(step, logits_RV)
         for seq, token, want in zip(step.out_seq.tolist(), result.ids.tolist(), step.want.tolist(), strict=True):
             if want & SAMPLE:
                 self._last[seq] = token
         if np.any(step.want & HIDDEN):
-            raise IntegrityError("the hash executor has no hidden states")
+            result.hidden = np.stack([self.hidden(rows[r]) for r in np.flatnonzero(step.want & HIDDEN)])
         result.start_s, result.end_s = start_s, self._clock.now_s()
         self.n_steps += 1
         ticket = Ticket(step.id)

@@ -26,7 +26,6 @@ StepCost = Callable[[StepShape], float]
 """Seconds that a device needs for a step of this shape."""
 
 _NO_I64: Final[I64] = np.zeros(0, np.int64)
-_NO_HIDDEN: Final[F32] = np.zeros((0, 0), np.float32)
 
 
 class Oracle(Protocol):
@@ -65,6 +64,8 @@ class TrueTokens:
     def answer(self, step: Step) -> tuple[I32, dict[int, str]]:
         if len(step.score_token):
             raise IntegrityError("the oracle knows what sequences answer, not how likely their prompts are")
+        if (step.want & HIDDEN).any():
+            raise IntegrityError("the oracle knows what sequences answer, and no hidden states")
         lists = self._lists
         where = zip(step.out_seq.tolist(), step.out_position.tolist(), strict=True)
         try:
@@ -94,7 +95,8 @@ def _unknown(R: int, k: int) -> tuple[F32, I32, F32]:
 
 
 class SimulatedExecutor:
-    """``cost`` moves ``clock`` forward at ``submit``; ``oracle`` says what was sampled. Log-probabilities are NaN.
+    """``cost`` moves ``clock`` forward at ``submit``; ``oracle`` says what was sampled. Log-probabilities are NaN,
+    hidden states of no width.
 
     ``watch`` is shown every step before it is computed.
     """
@@ -134,8 +136,6 @@ class SimulatedExecutor:
         return seconds
 
     def submit(self, step: Step) -> Ticket:
-        if (step.want & HIDDEN).any():
-            raise IntegrityError("the simulated executor has no hidden states")
         if self.watch is not None:
             self.watch(step)
         ids, errors = self._oracle.answer(step)
@@ -150,7 +150,7 @@ class SimulatedExecutor:
             ids,
             *_unknown(step.n_outputs, max(0, int(step.params.n_logprobs.max(initial=-1)))),
             scores=np.full(len(step.score_token), np.nan, np.float32),
-            hidden=_NO_HIDDEN,
+            hidden=np.zeros((int(np.count_nonzero(step.want & HIDDEN)), 0), np.float32),
             transfers_done=_NO_I64,
             start_s=start_s,
             end_s=self._clock.now_s(),

@@ -48,8 +48,8 @@ SCORED_AT_ONCE: Final = 64
 
 
 def _n_sampled(step: Step) -> int:
-    """Outputs that are more than scored; they come first."""
-    return int(np.count_nonzero(step.want != SCORE))
+    """Outputs whose logits are wanted together; they come first."""
+    return int(np.count_nonzero((step.want != SCORE) & (step.want != HIDDEN)))
 
 
 class Forward(Protocol):
@@ -90,6 +90,7 @@ class TorchExecutor:
 
     def __init__(self, model: Decoder, config: EngineConfig, *, on_phase: OnPhase, clock: Clock = SYSTEM) -> None:
         self.spec: ModelSpec = model.spec
+        self.has_head = model.has_head
         self._config, self._clock = config, clock
         self._dtype = model.embed.weight.dtype
         self._device = model.embed.weight.device
@@ -228,23 +229,23 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def logits(self, step: Step) -> Tensor:
-        """Logits (R, V) of the step's outputs, save those that are only scored, in the model's type; distinct rows are
-        computed once."""
+        """Logits (R, V) of the step's outputs, save those that are only scored and those whose hidden states alone are
+        wanted, in the model's type; distinct rows are computed once."""
         self._hidden = hidden_TM = self.hidden(step)
         back = None
         out_row = step.out_row[: _n_sampled(step)]
         if len(out_row) == step.n_rows and (np.diff(out_row) == 1).all():
-            self._wanted = hidden_TM  # decoding: every row is an output, in order
+            wanted = hidden_TM  # decoding: every row is an output, in order
         else:
             rows, back = np.unique(out_row, return_inverse=True)
-            self._wanted = hidden_TM[torch.from_numpy(rows.astype(np.int64)).to(self._device)]
+            wanted = hidden_TM[torch.from_numpy(rows.astype(np.int64)).to(self._device)]
             if len(rows) == len(out_row) and (np.diff(back) == 1).all():
                 back = None
         # Decoding rows are all sampled, and sampling finds what is not finite; a chunk's rows are looked at here.
-        self._spoilt = self._not_finite(step, hidden_TM) if step.n_rows > len(self._wanted) else []
+        self._spoilt = self._not_finite(step, hidden_TM) if step.n_rows > len(wanted) else []
         if not len(out_row):
             return hidden_TM.new_zeros((0, self.spec.vocab_size))
-        logits = self.forward.logits(self._wanted)
+        logits = self.forward.logits(wanted)
         return logits if back is None else logits[torch.from_numpy(back).to(self._device)]
 
     @staticmethod
@@ -262,10 +263,9 @@ class TorchExecutor:
         n = _n_sampled(step)
         for seq in self._spoilt:
             result.errors.setdefault(seq, "a hidden state is not finite")
-        hidden = np.flatnonzero(step.want & HIDDEN)
+        hidden = step.out_row[(step.want & HIDDEN) > 0].astype(np.int64)
         if len(hidden):
-            rows = np.unique(step.out_row[:n], return_inverse=True)[1][hidden]
-            result.hidden = self._wanted[torch.from_numpy(rows)].float().cpu().numpy()
+            result.hidden = self._hidden[torch.from_numpy(hidden).to(self._device)].float().cpu().numpy()
         self._last = dict(zip(step.out_seq[:n].tolist(), result.ids[:n].tolist(), strict=True))
         result.start_s, result.end_s = start_s, self._clock.now_s()
         ticket = Ticket(step.id)
@@ -290,8 +290,9 @@ class TorchExecutor:
     @torch.inference_mode()
     def _score(self, step: Step, result: StepResult) -> None:
         """Outputs that are only scored, a few at a time: a prompt's logits may be larger than its keys and values."""
-        for at in range(_n_sampled(step), step.n_outputs, SCORED_AT_ONCE):
-            outputs = range(at, min(at + SCORED_AT_ONCE, step.n_outputs))
+        end = step.n_outputs - int(np.count_nonzero(step.want == HIDDEN))
+        for at in range(_n_sampled(step), end, SCORED_AT_ONCE):
+            outputs = range(at, min(at + SCORED_AT_ONCE, end))
             rows = torch.from_numpy(step.out_row[outputs.start : outputs.stop].astype(np.int64)).to(self._device)
             logits_RV = self.forward.logits(self._hidden[rows]).float().cpu().numpy()
             for r, logits_V in zip(outputs, logits_RV, strict=True):
