@@ -85,8 +85,7 @@ class Scheduler:
         self.pending = Pending()
         self.chunks = chunks or Chunks(config, groups)
         self._secret = secret
-        self._order = 0
-        self._next_seq = 0
+        self._order = self._next_seq = 0
         self._spans: list[Span] = []
         self._moves: list[tuple[int, int, int]] = []
         self._lane: Lane | None = None

@@ -48,6 +48,10 @@ NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
 }
 """Fields of the API that are not implemented, with the values that ask for nothing."""
 
+WISHES: Final = ("temperature", "top_p", "stop", "ignore_eos")
+"""Fields that ``SamplingParams`` takes as they are; the API itself has no ``stop``, and clients that measure ask for an
+exact length."""
+
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["input_text", "output_text", "text"]
@@ -156,6 +160,8 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     text: TextConfig | None = None
@@ -183,7 +189,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def params(self, defaults: dict[str, float | int], seed: int) -> SamplingParams:
         """Over the model's own defaults. Raises ``RequestError`` naming the field."""
         wishes: dict[str, Any] = dict(defaults)
-        wishes |= {name: value for name in ("temperature", "top_p") if (value := getattr(self, name)) is not None}
+        wishes |= {name: value for name in WISHES if (value := getattr(self, name)) is not None}
         try:
             structure = of_format(self.text.format, "text.format") if self.text is not None else None
             return SamplingParams(**wishes, max_tokens=self.max_output_tokens, seed=seed, structure=structure)

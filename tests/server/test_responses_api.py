@@ -96,3 +96,15 @@ def test_what_is_wrong_is_named(server: Running, body: dict[str, Any], param: st
     response = server.post("/v1/responses", {"input": "hello"} | body)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"].startswith(param)
+
+
+def test_stop_and_ignore_eos_are_taken_beyond_the_api(server: Running) -> None:
+    asked: dict[str, Any] = {"input": "hello", "max_output_tokens": 40, "temperature": 0, "ignore_eos": True}
+    whole = server.post("/v1/responses", asked | {"stop": None}).json()
+    text = whole["output"][0]["content"][0]["text"]
+    assert (whole["status"], whole["usage"]["output_tokens"]) == ("incomplete", 40)
+    cut = server.post("/v1/responses", asked | {"stop": text[10:14]}).json()
+    assert cut["status"] == "completed"
+    assert cut["output"][0]["content"][0]["text"] == text[: text.index(text[10:14])]
+    refused = server.post("/v1/responses", asked | {"stop": [""]})
+    assert refused.json()["error"]["param"] == "stop"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,8 @@ import torch
 import transformers
 
 from tenon.models.hub import resolve
-from tests.server.clients.environments import HERE, python_of
-from tests.server.conftest import PATIENCE_S, Running, free_port, launch
+from tests.server.clients.environments import told
+from tests.server.conftest import Running
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch, pytest.mark.timeout(1200)]
 PAIRS = [
@@ -23,19 +21,6 @@ PAIRS = [
     ("class", " Point:"),
     ('"""The cost model', ' of the engine."""'),
 ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The embedded model, really computed."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TENON_STATE", str(tmp_path_factory.mktemp("state")))
-        port = free_port()
-        words = ["-m", "tenon.cli", "serve", "--dtype", "float32", "--port", str(port), "--served-name", "embedded"]
-        running = launch(words, port, "embedded")
-    yield running
-    assert running.stop() == 0
-    running.close()
 
 
 def direct(pairs: list[tuple[str, str]], folder: Path) -> list[tuple[float, bool]]:
@@ -56,10 +41,7 @@ def direct(pairs: list[tuple[str, str]], folder: Path) -> list[tuple[float, bool
 
 
 def test_log_likelihoods_equal_a_direct_computation(server: Running) -> None:
-    command = [str(python_of("lm_eval")), str(HERE / "lm_eval_client.py"), server.url, server.model, json.dumps(PAIRS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S * 5, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = told("lm_eval", server.url, server.model, json.dumps(PAIRS))
     right = direct(PAIRS, resolve("embedded"))
     for (found, is_greedy), (expected, expected_greedy) in zip(said["likelihoods"], right, strict=True):
         assert found == pytest.approx(expected, abs=2e-3)
