@@ -26,6 +26,7 @@ from tenon.engine.embed import wanted
 from tenon.engine.grammar import Compiler, Vocabulary
 from tenon.engine.messages import Add, Grammar
 from tenon.engine.params import SamplingParams
+from tenon.engine.structure import Structure
 from tenon.models.embedding import read_embedding
 from tenon.models.generation import read_generation
 from tenon.models.hf_config import read_config
@@ -152,6 +153,11 @@ class LLM:
         text = self._renderer.render(messages)
         params = params or self._defaults()
         return self._run([self.tokenizer.encode(text, add_special=False)], [params])[0]
+
+    def compile(self, structure: Structure) -> None:
+        """Compile what a request's output must be, so that the first of its requests need not wait for it. Raises
+        ``RequestError`` for one that cannot be."""
+        self._grammars.compile(structure)
 
     def _defaults(self) -> SamplingParams:
         given: dict[str, Any] = dict(self.defaults.sampling())

@@ -194,6 +194,8 @@ class Masks:
         self._n_deaths = 0
         """Of workers in a row, for no reason that would be known."""
         self._failed: dict[int, str] = {}
+        self.n_masks, self.waited_s = 0, 0.0
+        """Masks made so far, and what steps have waited for them."""
 
     def begin(self) -> None:
         """Have a worker started, without waiting for it. Raises ``ResourceError``."""
@@ -206,14 +208,17 @@ class Masks:
         owner = {heir.id: seq.id for seq in seqs if seq.binding is not None for heir in seq.heirs}
         bound = [heir for seq in seqs if seq.binding is not None for heir in seq.heirs if not heir.finished]
         late = self._missing(bound)
-        until_s = self._clock.now_s() + SOFT_WAIT_S
+        start_s = self._clock.now_s()
+        until_s = start_s + SOFT_WAIT_S
         while late:
             if not self._asked:
                 self._ask(late)
             if not self._collect(max(0.0, min(until_s, self._asked_s + SOFT_WAIT_S) - self._clock.now_s())):
                 break
             late = self._missing(bound)
-        return frozenset(owner[seq.id] for seq in late)
+        self.waited_s += self._clock.now_s() - start_s
+        far = (seq.id for seq in waiting[self._n_rows :] if seq.binding is not None)  # their turn has not come
+        return frozenset((*(owner[seq.id] for seq in late), *far))
 
     def wait(self) -> None:
         """For somebody who has nothing else to do: until an answer comes, but not for long."""
@@ -328,6 +333,7 @@ class Masks:
                 token = binding.grammar.think[0]
                 mask[token // 32] |= np.uint32(1 << token % 32)
             self._ready[seq] = n_tokens, mask
+            self.n_masks += 1
         if self._suspects:
             self._suspects.pop(0)
         self._asked = []

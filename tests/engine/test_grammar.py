@@ -157,6 +157,16 @@ def _never_done(bench: Bench) -> str:
         slow.close()
 
 
+def test_more_may_wait_than_are_asked_for_at_once(bench: Bench) -> None:
+    masks = Masks(bench.vocabulary, n_rows=4)
+    engine = bench.engine(masks=masks, max_sequences=4)
+    form = Structure("regex", "[ab]{3}")
+    outputs = build.run(engine, [bench.add(f"r{i}", form, seed=i, max_tokens=9) for i in range(30)])
+    masks.close()
+    assert all(re.fullmatch("[ab]{3}", bench.text(ids)) for ids in outputs.values())
+    assert len(outputs) == 30
+
+
 def test_a_worker_that_is_killed_is_replaced(bench: Bench) -> None:
     adds = [bench.add("a", Structure("regex", "[ab]{30}"), max_tokens=30)]
     calm = build.run(bench.engine(), adds)
