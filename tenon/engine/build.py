@@ -87,7 +87,7 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
     if config.executor == "hash":
         from tenon.engine.executors.hash import HashExecutor
 
-        executor, free = HashExecutor(spec.vocab_size), 1 << 30
+        executor, free = HashExecutor(spec.vocab_size, step_s=(config.step_ms or 0.0) / 1e3), 1 << 30
     else:
         from tenon.engine.executors.torch import TorchExecutor
 

@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from tenon.base.clock import SYSTEM, Clock
+from tenon.base.clock import SYSTEM, Clock, sleep_s
 from tenon.base.errors import IntegrityError
 from tenon.base.philox import derive
 from tenon.engine.executors.base import Caps, Ticket
@@ -24,12 +24,18 @@ EMPTY = -7
 
 
 class HashExecutor:
-    """``n_live`` logits per row are finite: the rest of the vocabulary is never chosen."""
+    """``n_live`` logits per row are finite: the rest of the vocabulary is never chosen.
 
-    def __init__(self, vocab_size: int, *, seed: int = 0, n_live: int = 32, clock: Clock = SYSTEM) -> None:
+    A step takes ``step_s`` of the machine's time, or as long as it needs where that is more.
+    """
+
+    def __init__(
+        self, vocab_size: int, *, seed: int = 0, n_live: int = 32, step_s: float = 0.0, clock: Clock = SYSTEM
+    ) -> None:
         self._vocab_size = vocab_size
         self._seed = seed
         self._n_live = min(n_live, vocab_size)
+        self._step_s = step_s
         self._clock = clock
         self._slots: list[I32] = []
         self._windows: list[int | None] = []
@@ -75,6 +81,8 @@ class HashExecutor:
                 self._last[seq] = token
         if np.any(step.want & HIDDEN):
             raise IntegrityError("the hash executor has no hidden states")
+        if (left_s := start_s + self._step_s - self._clock.now_s()) > 0 and self._step_s:
+            sleep_s(left_s)
         result.start_s, result.end_s = start_s, self._clock.now_s()
         self.n_steps += 1
         ticket = Ticket(step.id)
