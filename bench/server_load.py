@@ -83,7 +83,7 @@ SHARE = 0.1
 """Of the capacity, each client's: quotas that together take all of it would leave no room for chance."""
 GREED = 10.0
 EMBEDDED = "embedded"
-KV_BYTES = 64 * 2**20
+KV_BYTES = 128 * 2**20
 PATIENCE = Patience(silence_s=120.0, total_s=180.0)
 
 # The claims.
@@ -450,7 +450,7 @@ CONTENDERS = {
 def cells(quick: bool) -> list[Cell]:
     apart = {"cores": "one for the load, the others for the server" if cores()[0] != cores()[1] else "shared"}
     engine = {"step_s": STEP_S, "slots": SLOTS, "prompt": N_PROMPT, "output": N_OUTPUT}
-    http_cost = {"streams": 16, "prompt": 32, "output": 128 if quick else 256} | apart
+    http_cost = {"streams": 16, "prompt": 32, "output": 128 if quick else 768} | apart
     sweep = PEAK_RATES[2:] if quick else PEAK_RATES
     overload = {"sweep": sweep, "sweep_s": 4.0 if quick else 6.0, "settle_s": 2.0 if quick else 4.0,
                 "measure_s": 4.0 if quick else 10.0} | engine | apart  # fmt: skip
@@ -461,7 +461,7 @@ def cells(quick: bool) -> list[Cell]:
     swept_s = len(sweep) * (overload["settle_s"] + overload["sweep_s"] + 2)
     rounds = 1 if quick else 5
     found = [
-        Cell(HTTP, http_cost, 2 if quick else 7, 1, ("http", "engine"), 4.0 if quick else 8.0, 300),
+        Cell(HTTP, http_cost, 2 if quick else 7, 1, ("http", "engine"), 2.0 if quick else 5.0, 300),
         Cell(OVERLOAD, overload, rounds, 0, ("bounded",), once_s + swept_s / rounds, 600),
         Cell(TENANTS, tenants, 1 if quick else 3, 0, ("alone", "quotas", "no quotas"), waited_s, 600),
     ]
