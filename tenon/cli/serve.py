@@ -38,12 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replays", type=int, default=server.limits.replays,
         help="engines that may die under a request before it is given up (default: %(default)s)",
     )  # fmt: skip
+    http.add_argument(
+        "--max-wait-s", type=float, default=server.limits.max_wait_s, metavar="SECONDS",
+        help="refuse with 429 what would wait longer than so for its turn (default: no bound but 512 in flight)",
+    )  # fmt: skip
     http.add_argument("--record", type=Path, metavar="DIR", help="also write events to DIR/<run>/events.jsonl")
     group = parser.add_argument_group("engine")
     group.add_argument("--dtype", default=engine.dtype, choices=("auto", "float32", "bfloat16", "float16"))
     group.add_argument("--device", default=engine.device, help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument("--numerics", default=engine.numerics, choices=("fast", "invariant"))
     group.add_argument("--executor", default=engine.executor, choices=("torch", "hash"), help=argparse.SUPPRESS)
+    group.add_argument("--step-ms", type=float, help=argparse.SUPPRESS)
     group.add_argument("--max-model-len", type=int, help="longest context in tokens (default: what the model has)")
     group.add_argument("--kv-bytes", type=int, help="memory for keys and values (default: from what is free)")
     group.add_argument("--block-tokens", type=int, default=engine.block_tokens)
@@ -68,6 +73,7 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
         engine=EngineConfig(
             model=args.model,
             executor=args.executor,
+            step_ms=args.step_ms,
             dtype=args.dtype,
             device=args.device,
             numerics=args.numerics,
@@ -91,7 +97,7 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
         served_name=args.served_name,
         drain_s=args.drain_s,
         record_folder=args.record,
-        limits=Limits(replays=args.replays),
+        limits=Limits(replays=args.replays, max_wait_s=args.max_wait_s),
     )
 
 

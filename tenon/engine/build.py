@@ -89,7 +89,8 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
     if config.executor == "hash":
         from tenon.engine.executors.hash import HashExecutor
 
-        executor, free = HashExecutor(spec.vocab_size, width=spec.hidden_size), 1 << 30
+        step_s = (config.step_ms or 0.0) / 1e3
+        executor, free = HashExecutor(spec.vocab_size, width=spec.hidden_size, step_s=step_s), 1 << 30
     else:
         from tenon.engine.executors.torch import TorchExecutor
 

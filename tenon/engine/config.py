@@ -57,6 +57,8 @@ class EngineConfig:
     threads: int | None = None
     weights_seed: int | None = None
     """Random weights from this seed instead of the checkpoint's: for benchmarks of shapes."""
+    step_ms: float | None = None
+    """A step of the hash executor takes so long: for measuring queues instead of computation."""
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, right: str) -> None:
@@ -72,6 +74,8 @@ class EngineConfig:
         require(self.evict in POLICIES, "evict", f"one of {', '.join(map(repr, POLICIES))}")
         require(self.chunk in CHUNKS, "chunk", f"one of {', '.join(map(repr, CHUNKS))}")
         require(self.tpot_ms is None or 0 < self.tpot_ms < math.inf, "tpot_ms", "above 0, or left out")
+        require(self.step_ms is None or 0 < self.step_ms < math.inf, "step_ms", "above 0, or left out")
+        require(self.step_ms is None or self.executor == "hash", "step_ms", "left out: only the hash executor has one")
         require(self.tpot_ms is not None or self.chunk != "adaptive", "tpot_ms", "given where chunk is 'adaptive'")
         for name in ("max_step_tokens", "max_sequences", "min_chunk_tokens"):
             require(getattr(self, name) >= 1, name, "at least 1")

@@ -8,6 +8,7 @@ read its response.
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -35,6 +36,8 @@ class Limits:
     max_work: int = 2**22
     max_in_flight: int = 512
     """Sequences of all requests together; more are refused with 429."""
+    max_wait_s: float = math.inf
+    """Where the queue is so long that a new request would wait longer than so, it is refused with 429."""
     max_connections: int = 1024
     queued_deltas: int = 4096
     """Tokens that may wait for a client that reads slowly; then its request is aborted."""

@@ -69,6 +69,8 @@ class ServeConfig:
             raise ConfigError(f"drain_s must be at least 0, got {self.drain_s}", subject="drain_s")
         if self.limits.replays < 0:
             raise ConfigError(f"replays must be at least 0, got {self.limits.replays}", subject="replays")
+        if not self.limits.max_wait_s > 0:
+            raise ConfigError(f"max_wait_s must be above 0, got {self.limits.max_wait_s}", subject="max_wait_s")
         if not self.allow_remote and self.keys is None and not is_loopback(self.host):
             raise ConfigError(
                 f"host {self.host} is reachable from other machines and there are no keys: whoever reaches the port "

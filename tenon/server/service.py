@@ -19,6 +19,7 @@ import msgspec
 from tenon.base.clock import Clock
 from tenon.base.errors import IntegrityError, TenonError
 from tenon.engine import messages as m
+from tenon.server.backlog import Backlog, retry_after_s
 from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
 from tenon.server.flights import Flight, Job, again
@@ -51,6 +52,7 @@ class Service:
         self.clock = clock
         self.events = events
         self.metrics = ServerMetrics()
+        self.backlog = Backlog()
         self.created = int(clock.wall_s())
         self.state = State.LOADING
         self.reason = "starting"
@@ -104,7 +106,7 @@ class Service:
                 if flight := self._served.get(message.request_id):
                     failure = Refusal(
                         message.message, status=message.status, code=message.code, param=message.param,
-                        retry_after_s=message.retry_after_s,
+                        retry_after_s=retry_after_s(self._wait_s()) if message.status == 429 else message.retry_after_s,
                     )  # fmt: skip
                     self._end(flight, "error" if flight.accepted else "rejected")
                     flight.job.fail(failure, "abort")
@@ -231,18 +233,19 @@ class Service:
     # What requests ask for.
 
     def submit(self, adds: Sequence[m.Add], caller: Caller) -> Job:
-        """Hand these prompts to the engine. Raises ``Refusal``: 503 when not ready, 429 when too much is in flight or
-        the caller's tokens are used up."""
+        """Hand these prompts to the engine. Raises ``Refusal``: 503 when not ready, 429 when too much is in flight,
+        the queue is too long or the caller's tokens are used up."""
         self.require_ready()
         n_new = sum(add.n for add in adds)
         n_open = sum(len(flight.open) for flight in self._flights.values())
+        wait_s, said = self._wait_s(), ""
         if n_open + n_new > self.limits.max_in_flight:
-            raise Refusal(
-                f"{n_open} sequences are in flight and the limit is {self.limits.max_in_flight}; try again later",
-                status=429,
-                code="rate_limit_exceeded",
-                retry_after_s=1.0,
-            )
+            said = f"{n_open} sequences are in flight and the limit is {self.limits.max_in_flight}"
+        elif wait_s > self.limits.max_wait_s:
+            said = f"a request would wait {wait_s:.1f} s for its turn and the limit is {self.limits.max_wait_s:g} s"
+        if said:
+            after_s = retry_after_s(wait_s)
+            raise Refusal(f"{said}; try again later", status=429, code="rate_limit_exceeded", retry_after_s=after_s)
         caller.take_tokens(sum(len(add.prompt) + add.n * add.max_tokens for add in adds))
         job = Job(self, self.limits.queued_deltas)
         base = 0
@@ -351,6 +354,11 @@ class Service:
             raise IntegrityError(f"{type(message).__name__} was sent before there was an engine")
         self._send(message)
 
+    def _wait_s(self) -> float:
+        """How long a request that came now would wait for its turn."""
+        n_waiting = sum(len(flight.open) for flight in self._flights.values() if flight.first_s is None)
+        return self.backlog.wait_s(n_waiting, self.clock.now_s())
+
     def _accept(self, flight: Flight, message: m.Accepted) -> None:
         if flight.accepted:
             return  # by another engine, before
@@ -377,6 +385,7 @@ class Service:
         self.metrics.output_tokens.add(len(delta.ids))
         if delta.ids and flight.first_s is None:
             flight.first_s = self.clock.now_s()
+            self.backlog.started(flight.add.n, flight.first_s)
             ttft_s = flight.first_s - flight.add.arrival_s
             self.metrics.ttft.observe(ttft_s)
             self.events.publish("first", request_id=flight.add.request_id, ttft_s=ttft_s, cache=flight.cache)
@@ -417,6 +426,7 @@ class Service:
             self.metrics.step.observe(stats.step_s)
             self._longest_step_s = max(self._longest_step_s, stats.step_s)
         self.stats = stats
+        self.backlog.queue(stats.waiting, self.clock.now_s())
         wait_s = self._stats_published_s + STATS_EVERY_S - self.clock.now_s()
         if wait_s <= 0:
             self._publish_stats()

@@ -34,3 +34,11 @@ def test_chunks_go_by_what_is_said() -> None:
 def test_a_target_that_is_missing_is_named() -> None:
     with pytest.raises(ConfigError, match="tpot_ms must be given"):
         config("--chunk", "adaptive")
+
+
+def test_a_bound_on_waiting_is_taken_and_one_of_nothing_is_named() -> None:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    assert serve.config_from(parser.parse_args(["--max-wait-s", "2.5"])).limits.max_wait_s == 2.5
+    with pytest.raises(ConfigError, match=r"max_wait_s must be above 0, got 0\.0"):
+        serve.config_from(parser.parse_args(["--max-wait-s", "0"]))

@@ -31,6 +31,8 @@ BLOCK = 2 * 4 * 32 * 2 * 16
         ("chunk", "half"),
         ("tpot_ms", 0.0),
         ("tpot_ms", float("nan")),
+        ("step_ms", 0.0),
+        ("step_ms", 5.0),  # without the hash executor
         ("min_chunk_tokens", 0),
         ("max_step_tokens", 0),
         ("max_sequences", 0),

@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from tenon.base.clock import SYSTEM, Clock
+from tenon.base.clock import SYSTEM, Clock, sleep_s
 from tenon.base.errors import IntegrityError
 from tenon.base.philox import derive
 from tenon.engine.executors.base import Caps, Ticket
@@ -29,15 +29,25 @@ BELOW = 1000.0
 
 class HashExecutor:
     """``n_live`` logits per row are finite: the rest of the vocabulary is never chosen. Hidden states are ``width``
-    numbers that say nothing of the logits."""
+    numbers that say nothing of the logits.
+
+    A step takes ``step_s`` of the machine's time, or as long as it needs where that is more.
+    """
 
     def __init__(
-        self, vocab_size: int, *, seed: int = 0, n_live: int = 32, width: int = 16, clock: Clock = SYSTEM
+        self,
+        vocab_size: int,
+        *,
+        seed: int = 0,
+        n_live: int = 32,
+        width: int = 16,
+        step_s: float = 0.0,
+        clock: Clock = SYSTEM,
     ) -> None:
         self._vocab_size = vocab_size
         self._seed = seed
         self._n_live = min(n_live, vocab_size)
-        self._width = width
+        self._width, self._step_s = width, step_s
         self._clock = clock
         self._slots: list[I32] = []
         self._windows: list[int | None] = []
@@ -99,6 +109,8 @@ class HashExecutor:
                 self._last[seq] = token
         if np.any(step.want & HIDDEN):
             result.hidden = np.stack([self.hidden(rows[r]) for r in np.flatnonzero(step.want & HIDDEN)])
+        if (left_s := start_s + self._step_s - self._clock.now_s()) > 0 and self._step_s:
+            sleep_s(left_s)
         result.start_s, result.end_s = start_s, self._clock.now_s()
         self.n_steps += 1
         ticket = Ticket(step.id)
