@@ -49,7 +49,7 @@ class Line:
         self._passed = 0
         self._open = asyncio.Event()
         self._open.set()
-        self._deaf = False
+        self._deaf = self._happened = False
 
     async def run(self) -> None:
         """Until either side closes, or the fault does it."""
@@ -58,13 +58,9 @@ class Line:
         for pump in pumps:
             pump.cancel()
         self.server.close()
-        if self.fault.end == "half" and self._is_due(0):
-            await self._loop.sock_recv(self.engine, 0)
+        if self.fault.end == "half" and self._happened:
             await asyncio.Event().wait()  # the engine stays, and so does this process, until it is killed
         self.engine.close()
-
-    def _is_due(self, more: int) -> bool:
-        return self.fault.at is not None and self._passed + more >= self.fault.at
 
     async def _up(self) -> None:
         """From the server to the engine."""
@@ -81,11 +77,12 @@ class Line:
     async def _down(self) -> None:
         """From the engine to the server."""
         while data := await self._loop.sock_recv(self.engine, 1 << 16):
-            if not self._is_due(len(data)) or self._deaf or self.fault.at is None:
+            if self._happened or self.fault.at is None or self._passed + len(data) < self.fault.at:
                 await self._send(self.server, data)
                 self._passed += len(data)
                 continue
-            before = max(0, self.fault.at - self._passed)
+            self._happened = True
+            before = self.fault.at - self._passed
             await self._send(self.server, data[:before])
             self._passed += before
             match self.fault.end:
