@@ -27,7 +27,7 @@ def behind(
     """A server whose engines, by their epoch, have these lines."""
     program, named = python_behind(faults, folder)
     port = free_port()
-    given = {"model": str(model), "port": port, "limits": {"replays": 9, "stall_s": stall_s}}
+    given = {"model": str(model), "port": port, "limits": {"replays": 30, "stall_s": stall_s}}
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TENON_FAULTS", str(named))
         words = ["-c", OTHER_PYTHON, json.dumps(given), str(program)]
