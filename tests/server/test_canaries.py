@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.conftest import PATIENCE_S, Running, wait_for
 from tests.server.test_lifecycle import assert_conserved
-from tests.server.test_survival import kill
+from tests.server.test_survival import kill, ready
 
 Start = Callable[..., Running]
 
@@ -35,6 +35,9 @@ def ask(server: Running, number: int, fact: str, n_tokens: int) -> str:
         ("/v1/responses", {"input": fact, "max_output_tokens": n_tokens}),
     )[number % 4]
     response = server.post(path, body | {"temperature": 0})
+    while response.status_code == 503:  # it came between two engines, and was told so
+        wait_for(lambda: ready(server))
+        response = server.post(path, body | {"temperature": 0})
     assert response.status_code == 200, response.text
     found: dict[str, Any] = response.json()
     if "choices" in found:
