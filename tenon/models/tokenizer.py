@@ -23,6 +23,8 @@ from tenon.models.metadata import read_bytes, read_object
 
 FILE_NAME: Final = "tokenizer.json"
 CONFIG_NAME: Final = "tokenizer_config.json"
+SHORT_CHARS: Final = 4096
+"""Longer texts are encoded as a batch of one: the library lets other threads run then, and only then."""
 
 
 @cache
@@ -148,7 +150,11 @@ class Tokenizer:
             raise RequestError(
                 f"the text is not valid Unicode: a lone surrogate at character {error.start}", code="invalid_unicode"
             ) from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special).ids
+        if len(text) <= SHORT_CHARS:
+            made = self._backend.encode(text, add_special_tokens=add_special)
+        else:
+            made = self._backend.encode_batch_fast([text], add_special_tokens=add_special)[0]
+        ids: list[int] = made.ids
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
