@@ -3,6 +3,7 @@ what a file only claims to hold."""
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import resource
@@ -59,7 +60,7 @@ def mangled(draws: random.Random, whole: bytes) -> bytes:
             if not isinstance(at[key], dict | list) or not at[key] or draws.random() < 0.2:
                 break
             at = at[key]
-        at[key] = draws.choice(VALUES)
+        at[key] = copy.deepcopy(draws.choice(VALUES))
     return json.dumps(tree).encode()
 
 

@@ -186,9 +186,10 @@ class Serving(RuleBasedStateMachine):
 
     def hear(self, one: Asked) -> None:
         """Read what has come for a request, if it still is to be read."""
-        if one.left or not one.job._queue and one.job._failure is None:
+        if one.is_over:
+            assert one.left or not one.job._queue
             return
-        if one.failure is not None:
+        if not one.job._queue and one.job._failure is None:
             return
         try:
             batch = at_once(one.job.batch())
