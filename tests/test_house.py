@@ -44,9 +44,13 @@ LIGHT = (
 )
 HEAVY_PACKAGES = ("torch", "transformers", "matplotlib")
 
-BANNED_IMPORTS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+# multiprocessing pickles whatever its queues and pipes carry.
+BANNED_IMPORTS = {
+    "pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "multiprocessing", "yaml",
+}  # fmt: skip
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
-BANNED_ATTRIBUTES = {("torch", "load"), ("torch", "save")}
+BANNED_ATTRIBUTES = {("torch", "load"), ("torch", "save"), ("torch", "hub"), ("torch", "package"), ("os", "system")}
+BANNED_METHODS = {"recv_pyobj", "send_pyobj"}
 CLOCK = PACKAGE / "base" / "clock.py"
 
 
@@ -160,6 +164,8 @@ def violations(path: Path) -> list[str]:
                 found.append(f"{node.lineno}: {name}()")
             case ast.Attribute(value=ast.Name(id=owner), attr=name) if (owner, name) in BANNED_ATTRIBUTES:
                 found.append(f"{node.lineno}: {owner}.{name}")
+            case ast.Attribute(attr=name) if name in BANNED_METHODS:
+                found.append(f"{node.lineno}: {name}")
             case ast.keyword(arg="allow_pickle", value=value) if not _is_false(value):
                 found.append(f"{node.value.lineno}: allow_pickle")
             case ast.Assert():
@@ -186,6 +192,9 @@ def imported(line: int, module: str, path: Path) -> list[str]:
         ("import torch\ntorch.load('x')", "2: torch.load"),
         ("from torch import load", "1: torch.load"),
         ("np.load('x', allow_pickle=True)", "1: allow_pickle"),
+        ("from multiprocessing import Queue", "1: import multiprocessing"),
+        ("socket.recv_pyobj()", "1: recv_pyobj"),
+        ("import torch\ntorch.hub.load('x', 'y')", "2: torch.hub"),
         ("eval('1')", "1: eval()"),
         ("assert True", "1: assert"),
     ],

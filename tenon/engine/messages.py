@@ -380,7 +380,7 @@ def decode_to_engine(body: bytes) -> EngineBatch:
     """Raises ``ProtocolError`` where the bytes are no such batch."""
     try:
         return _to_engine.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a batch for the engine: {error}") from error
 
 
@@ -388,5 +388,5 @@ def decode_from_engine(body: bytes) -> ServerBatch:
     """Raises ``ProtocolError`` where the bytes are no such batch."""
     try:
         return _from_engine.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a batch from the engine: {error}") from error

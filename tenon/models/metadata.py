@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from tenon.base.errors import CheckpointError
 
 MAX_BYTES = 256 << 20
 """The largest tokenizer.json in the wild is below 40 MB."""
+
+
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+"""The escape of half a character; two of them in a row may be a whole one."""
 
 
 def _refuse_constant(text: str) -> NoReturn:
@@ -34,11 +39,19 @@ def _finite(text: str) -> float:
     return value
 
 
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
     """The JSON object in ``data``; ``where`` names its file in errors.
 
-    Raises ``CheckpointError`` for what is not UTF-8, not JSON, not an object, holds NaN or an infinity, repeats a key
-    or nests without end.
+    Raises ``CheckpointError`` for what is not UTF-8, not JSON, not an object, holds NaN or an infinity, repeats a key,
+    has half a character or nests without end.
     """
     try:
         value = json.loads(
@@ -53,6 +66,8 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "it nests too deeply" if isinstance(error, RecursionError) else str(error)
         raise CheckpointError(f"{where} is not usable JSON: {reason}", subject=where) from error
+    if _SURROGATE.search(data) and not _is_unicode(value):
+        raise CheckpointError(f"{where} is not usable JSON: it has half a character, a lone surrogate", subject=where)
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} holds a JSON {type(value).__name__}, not an object", subject=where)
     return value

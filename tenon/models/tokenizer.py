@@ -24,6 +24,8 @@ from tenon.models.metadata import read_bytes, read_object
 FILE_NAME: Final = "tokenizer.json"
 CONFIG_NAME: Final = "tokenizer_config.json"
 THINK_MARKS: Final = ("<think>", "</think>")
+SHORT_CHARS: Final = 4096
+"""Longer texts are encoded as a batch of one: the library lets other threads run then, and only then."""
 
 
 @cache
@@ -99,6 +101,11 @@ def read_decoding(decoder: Mapping[str, Any] | None, where: str) -> Decoding:
     return Decoding(byte_level, byte_fallback, tuple(replace), drop_first, lead_char, lead)
 
 
+def _is_panic(error: BaseException) -> bool:
+    """Whether an assertion of the library has failed, which is no ``Exception``."""
+    return type(error).__module__ == "pyo3_runtime"
+
+
 class Tokenizer:
     """Text <-> ids of one model. Safe to share between threads.
 
@@ -144,7 +151,8 @@ class Tokenizer:
         """The ids of ``text``; special tokens written out in it count as such.
 
         ``add_special`` adds what the model wants around a plain text (often bos); a chat template writes that itself.
-        Raises ``RequestError`` for text that is not Unicode (a lone surrogate).
+        Raises ``RequestError`` for text that is not Unicode (a lone surrogate), ``CheckpointError`` where the file
+        turns out to be damaged.
         """
         try:
             text.encode()
@@ -152,7 +160,17 @@ class Tokenizer:
             raise RequestError(
                 f"the text is not valid Unicode: a lone surrogate at character {error.start}", code="invalid_unicode"
             ) from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special).ids
+        try:
+            if len(text) <= SHORT_CHARS:
+                made = self._backend.encode(text, add_special_tokens=add_special)
+            else:
+                made = self._backend.encode_batch_fast([text], add_special_tokens=add_special)[0]
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            said = f"{self._where} is damaged: the tokenizer fails on a text: {str(error)[:200]}"
+            raise CheckpointError(said, subject=FILE_NAME) from error
+        ids: list[int] = made.ids
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -247,7 +265,9 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> Tokenizer:
     data = read_bytes(path)
     try:
         backend = tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises nothing narrower
+    except BaseException as error:  # the library raises nothing narrower than Exception, and panics besides
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or of an unknown kind: {reason}", subject=FILE_NAME) from error
     config = read_object(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}

@@ -36,6 +36,7 @@ from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
 from tenon.server.keys import KeyRing
 from tenon.server.limits import Limits, guarded_protocol
+from tenon.server.listener import Listener
 from tenon.server.model_text import load_model_text
 from tenon.server.service import Service, State
 from tenon.server.supervisor import Supervisor
@@ -111,7 +112,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ``ResourceError`` saying what is in the way."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # TCP is named, for asyncio sends small pieces at once (TCP_NODELAY) only where it knows that it is TCP: 40 ms each.
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))

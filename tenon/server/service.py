@@ -178,6 +178,8 @@ class Service:
                 self._lose(flight, message)
 
     def _lose(self, flight: Flight, message: str) -> None:
+        if flight.add.request_id not in self._flights:
+            return  # lost already, with another prompt of its job
         self._end(flight, "error")
         flight.job.fail(Refusal(message, status=503, code="engine_dead", retry_after_s=5.0), "error")
 

@@ -26,6 +26,7 @@ from tenon.server.service import Service
 FIRST_WAIT_S: Final = 0.5
 LONGEST_WAIT_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.5
+SHORT_LIFE_S: Final = 10.0
 
 _log = logging.getLogger("tenon.server")
 
@@ -33,6 +34,26 @@ _log = logging.getLogger("tenon.server")
 def backoff_s(n_failures: int) -> float:
     """How long to wait after so many engines in a row that ended before they served."""
     return 0.0 if n_failures == 0 else min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** (n_failures - 1))
+
+
+class Backoff:
+    """What the ends of past engines say about the next start.
+
+    One that served is followed at once, for requests wait. Those that end again and again though nobody asks for
+    anything are followed as slowly as those that do not start: nobody waits, and each start takes a core.
+    """
+
+    def __init__(self) -> None:
+        self.n_failures = 0
+        """Engines in a row that ended before they served."""
+        self._n_flaps = 0
+
+    def ended(self, served_s: float | None, *, was_idle: bool) -> float:
+        """How long to wait with the next one. ``served_s``: how long the last one served; None: it never did."""
+        self.n_failures = self.n_failures + 1 if served_s is None else 0
+        if served_s is not None:
+            self._n_flaps = self._n_flaps + 1 if was_idle and served_s < SHORT_LIFE_S else 0
+        return backoff_s(max(self.n_failures, self._n_flaps - 1))
 
 
 class Supervisor:
@@ -53,9 +74,9 @@ class Supervisor:
         self._epoch = 0
         self._has_served = False
         """Whether any engine has."""
-        self._n_failures = 0
-        self._serves = False
-        """Whether the present one does."""
+        self._backoff = Backoff()
+        self._serves_since_s: float | None = None
+        """Since when the present one does."""
         self._closing = False
         self._next: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -64,7 +85,7 @@ class Supervisor:
     async def start(self) -> None:
         """Start an engine; it says by its messages when it serves."""
         self._epoch += 1
-        self._serves = False
+        self._serves_since_s = None
         link = EngineLink(
             self._config, epoch=self._epoch, on_message=self._receive, on_death=self._on_death
         )  # fmt: skip
@@ -94,8 +115,7 @@ class Supervisor:
 
     def _receive(self, message: m.FromEngine) -> None:
         if isinstance(message, m.Ready):
-            self._has_served = self._serves = True
-            self._n_failures = 0
+            self._has_served, self._serves_since_s = True, self._clock.now_s()
         self._on_message(message)
 
     def _on_death(self, message: str, trace: str) -> None:
@@ -104,10 +124,11 @@ class Supervisor:
         if not self._has_served:
             self._on_failure(message, trace)
             return
-        self._n_failures = 0 if self._serves else self._n_failures + 1
-        wait_s = backoff_s(self._n_failures)
+        since_s, self._serves_since_s = self._serves_since_s, None
+        served_s = None if since_s is None else self._clock.now_s() - since_s
+        wait_s = self._backoff.ended(served_s, was_idle=self._service.n_running == 0)
         _log.error("%s%s", message, f"\n{trace}" if trace else "")
-        self._service.engine_lost(message, self._n_failures)
+        self._service.engine_lost(message, self._backoff.n_failures)
         self._next = asyncio.create_task(self._start_after(wait_s))
 
     async def _start_after(self, wait_s: float) -> None:

@@ -119,11 +119,14 @@ def test_integrity_names_what_is_off(spoil: str) -> None:
 
 
 class Colliding(BlockPool):
-    """Keys cut to 3 bits: nearly every one collides."""
+    """Keys cut to 8 bits, or to fewer: of a few hundred blocks many collide."""
 
-    @staticmethod
-    def short(digest: bytes) -> bytes:
-        return bytes([digest[0] % 8])
+    n_bits = 8
+    n_collided = 0
+    """Lookups that found a block of this key and other tokens."""
+
+    def short(self, digest: bytes) -> bytes:
+        return bytes([digest[0] % (1 << self.n_bits)])
 
     def publish(self, block: int, digest: bytes, content: bytes, *more: Any) -> None:
         super().publish(block, self.short(digest), content, *more)
@@ -132,15 +135,25 @@ class Colliding(BlockPool):
         return super().knows(self.short(digest))
 
     def lookup(self, digest: bytes, tokens: bytes) -> int | None:
-        return super().lookup(self.short(digest), tokens)
+        found = super().lookup(self.short(digest), tokens)
+        self.n_collided += found is None and self.knows(digest)
+        return found
 
 
-def test_sequences_with_colliding_keys_are_served_right() -> None:
+@pytest.mark.parametrize(("n_bits", "n_blocks"), [(3, 12), (8, 300)])
+def test_sequences_with_colliding_keys_are_served_right(n_bits: int, n_blocks: int) -> None:
+    """Each prompt comes twice: what is right is found again, what only has the same key never."""
     rng = np.random.default_rng(0)
-    adds = [Add(f"r{i}", tuple(rng.integers(0, 1000, 40).tolist()), 12, i) for i in range(20)]
-    made = hash_engine(12)
-    made.scheduler.pools = [Colliding(12, 16, Lru) for _ in made.scheduler.pools]
-    assert run(made, adds) == run(hash_engine(200, prefix_cache=False), adds)
+    prompts = [tuple(rng.integers(0, 1000, 50).tolist()) for _ in range(60)]
+    adds = [Add(f"r{i}", prompts[i % 60], 4, i) for i in range(120)]
+    made = hash_engine(n_blocks)
+    made.scheduler.pools = [Colliding(n_blocks, 16, Lru) for _ in made.scheduler.pools]
+    for pool in made.scheduler.pools:
+        pool.n_bits = n_bits  # type: ignore[attr-defined]
+    assert run(made, adds) == run(hash_engine(600, prefix_cache=False), adds)
+    assert all(pool.n_collided > 10 for pool in made.scheduler.pools)  # type: ignore[attr-defined]
+    if n_bits == 8:
+        assert made.stats(0.0).cached_tokens > 0
 
 
 def test_digests_depend_on_every_part() -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from tenon.base.clock import ManualClock
 from tenon.base.errors import CheckpointError, RequestError
 from tenon.models.template import Renderer, RenderLimits, Templates, load_templates
+from tests.models.hostile_templates import ENDLESS, ESCAPES, LEAKS, LOOP
 
 CHATML = (
     "{% for message in messages %}"
@@ -123,8 +124,6 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": "<1>"
 TOOL = {"type": "function", "function": {"name": "add", "description": 'Adds > "two"', "parameters": {"a": "é"}}}
 NO_SYSTEM = {"mistral"}
 
-LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-
 
 def of(source: str) -> Renderer:
     return Renderer(Templates({"default": source}, {"bos_token": "<s>", "eos_token": "</s>"}), n_workers=1)
@@ -175,68 +174,16 @@ def test_generation_blocks_dates_and_json(render: Any) -> None:
     assert render("{{ [1] | tojson(indent=2) }}{{ dict(a=1).a }}") == "[\n  1\n]1"
 
 
-ESCAPES = [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ ''['__class__']['__base__'] }}",
-    "{{ ''|attr('__class__') }}",
-    "{{ messages|attr('__init__')|attr('__globals__') }}",
-    "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
-    "{{ '{x.__class__}'.format_map({'x': messages}) }}",
-    "{{ ['{0.__class__}']|map('format', messages)|list }}",
-    "{{ ('{0.__class__}'|attr('format'))(messages) }}",
-    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-    "{{ self.__init__.__globals__ }}",
-    "{{ self._TemplateReference__context.environment }}",
-    "{{ namespace.__init__.__globals__ }}",
-    "{{ namespace(__class__=1) }}",
-    "{% set ns = namespace() %}{% set ns.__class__ = 1 %}{{ ns }}",
-    "{{ raise_exception.__globals__ }}",
-    "{{ raise_exception.__func__ }}",
-    "{{ strftime_now.__closure__[0].cell_contents }}",
-    "{{ strftime_now.__globals__['sys'].modules }}",
-    "{{ (messages|tojson).__class__ }}",
-    "{% set x = messages.append({'role': 'x', 'content': 'PWNED'}) %}{{ x }}",
-    "{% for m in messages %}{{ m.update({'a': 1}) }}{% endfor %}",
-    "{{ lipsum.__globals__ }}",
-    "{{ (lipsum|string)[:5] }}{{ lipsum() }}",
-    "{{ joiner.__init__.__globals__['__builtins__'] }}",
-    "{{ dict.__base__ }}{{ dict.mro() }}",
-    "{% import 'os' as os %}{{ os.getcwd() }}",
-    "{% include '/etc/passwd' %}",
-    "{{ (messages|groupby('__class__'))|list }}",
-    "{{ messages|map(attribute='__class__')|list }}",
-    "{{ messages|sum(attribute='__class__.__name__') }}",
-    "{% for x in (1,) %}{{ loop.__init__.__globals__ }}{% endfor %}",
-    "{% macro m() %}{% endmacro %}{{ m.__globals__ }}{{ m._func }}{{ m._environment }}",
-    "{{ (messages|select|list|first).__class__ }}",
-    "{% set g = (messages|map('upper')) %}{{ g.gi_frame.f_globals }}{{ g.gi_code }}",
-    "{{ open('/etc/passwd').read() }}",
-    "{{ get_flashed_messages.__globals__ }}{{ config }}{{ request.application }}",
-]
-
-
 @pytest.mark.parametrize("source", ESCAPES)
 def test_known_escapes_give_nothing(source: str, render: Any) -> None:
     try:
         text = render(source)
     except RequestError as error:
         text = str(error)
-    assert not any(word in text for word in ("<class", "<function", "root:", "PWNED", "<module", "<frame", "<code"))
+    assert not any(word in text for word in LEAKS)
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        LOOP,
-        "{{ 'a' * 10**9 }}",
-        "{% for a in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
-        "{% set ns = namespace(x='a' * 1000) %}{% for a in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "{{ (9 ** 9999999) | string | length }}",
-        "{{ '%999999999d' | format(1) }}",
-        "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-        "{{ range(99999) | list | tojson * 999 }}",
-    ],
-)
+@pytest.mark.parametrize("source", ENDLESS)
 def test_what_never_ends_or_never_fits_costs_one_request(source: str) -> None:
     renderer = of(source)
     for _ in range(2):

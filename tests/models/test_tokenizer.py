@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,32 @@ def test_a_long_stream_costs_the_same_per_token() -> None:
     text = "".join(stream.push(ids) for _ in range(2000))
     assert text == "x " * 40_000
     assert stream._utf8.getstate()[0] == b""
+
+
+@kinds
+@pytest.mark.parametrize("special", [False, True])
+def test_a_long_text_is_encoded_like_a_short_one(kind: str, special: bool) -> None:
+    text = "".join(TEXTS) * 100
+    assert KINDS[kind].encode(text, special) == LIBRARY[kind].encode(text, add_special_tokens=special).ids
+
+
+def test_a_long_text_lets_other_threads_run() -> None:
+    """Otherwise a body of 8 MiB stops a server for seconds, probes and all."""
+    left, turns = threading.Event(), 0
+
+    def count() -> None:
+        nonlocal turns
+        while not left.wait(0.0001):
+            turns += 1
+
+    other = threading.Thread(target=count)
+    other.start()
+    turns = 0
+    KINDS["byte level"].encode("".join(TEXTS) * 2000)
+    seen = turns
+    left.set()
+    other.join()
+    assert seen > 10
 
 
 def test_from_a_folder(tmp_path: Path) -> None:

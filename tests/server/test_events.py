@@ -111,7 +111,8 @@ def test_residency_shows_strips_of_those_that_run(server: Running) -> None:
         stream.close()
         rest = next(event for event in events if event["kind"] == "residency" and not event["rows"])
     (row,) = busy["rows"]
-    assert row["cells"].startswith("rc") or row["cells"].startswith("rrrrrrc")
+    assert row["cells"][0] == "r"  # of a long context a cell shows several blocks, so how many depends on the moment
+    assert row["cells"].lstrip("r")[0] == "c"
     assert len(row["cells"]) <= 128
     for it in (busy, rest):
         assert sum(it["idle_by_age"]) == sum(it["idle_by_turn"])

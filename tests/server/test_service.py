@@ -128,6 +128,19 @@ def test_without_replays_all_are_given_up_at_once() -> None:
     assert all(job._failure is not None for job in jobs)
 
 
+def test_several_prompts_of_one_job_are_given_up_once() -> None:
+    service = serving(0)
+    engine = Engine(service, set())
+    anybody = Caller(None, ManualClock())
+    job = service.submit([m.Add("a", (1,), 9, 0), m.Add("b", (2,), 9, 0), m.Add("c", (3,), 9, 0)], anybody)
+    engine.step()
+    service.engine_lost("it died", 0)
+    assert service.n_running == 0
+    assert job._failure is not None
+    Engine(service, set())
+    assert service.unready_because() is None
+
+
 def test_engines_that_do_not_start_give_everybody_up() -> None:
     service = serving(2)
     engine = Engine(service, set())
