@@ -24,7 +24,8 @@ SAID: list[Batch] = [
     m.EngineBatch(
         2, (m.Add("s", (4,), 2, 1, bad_words=((1, 2),), logit_bias=((3, 0.5),), again=True), m.Watch(True), m.Reset())
     ),
-    m.EngineBatch(3, (m.LoadWeights("w", 1), m.Forget())),
+    m.EngineBatch(3, (m.LoadWeights("w", 1), m.Forget(), m.Expect())),
+    m.EngineBatch(4, (m.Add("g", (4,), 2, 1, grammar=m.Grammar("n", "{}", (1, 2), True), embed=m.Embed("last")),)),
     m.ServerBatch(1, (m.Phase("weights", 0.5, "x"), m.Ready("m", 9, 9, (2,), 9, 16, 99, {"a": "b"}), STATS)),
     m.ServerBatch(
         1,
@@ -33,6 +34,7 @@ SAID: list[Batch] = [
             m.Rejected("r", "no", 429, "code", "param", 1.5),
             m.Outputs(4, (m.Delta("r", 0, (5,), "stop", 5, (-0.5,), (((5, -0.5),),), 3, "said"),)),
             m.PromptScores("r", 0, (-1.0,), (((1, -1.0),),)),
+            m.Embedded("r", b"0123"),
         ),
     ),
     m.ServerBatch(
