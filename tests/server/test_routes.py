@@ -11,11 +11,16 @@ import pytest
 from starlette.routing import Route
 
 from tenon.base.clock import ManualClock
+from tenon.server.anthropic import MessagesRequest
 from tenon.server.app import build_app
 from tenon.server.completions import Completions
+from tenon.server.embeddings import EmbeddingRequest
 from tenon.server.events import EventHub
 from tenon.server.limits import Limits
+from tenon.server.protocol import ChatRequest, CompletionRequest
+from tenon.server.responses_api import ResponsesRequest
 from tenon.server.service import Service
+from tenon.server.tokens import DetokenizeRequest, TokenizeRequest
 from tests.server.conftest import PATIENCE_S, Running
 from tests.server.test_limits import connect, read_all
 
@@ -121,23 +126,34 @@ def test_other_models_are_not_there(server: Running, path: str) -> None:
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, 1e308, "", "x", "\u0000", "\ud7ff",
     "a" * 70_000, [], [None], [[]], [-1], [2**63], ["x"] * 200, {}, {"a": 1}, {"5": 1e9},
-    [{"role": "user", "content": "a"}],
+    [{"role": "user", "content": "a"}], [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+    [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], [{"role": "tool"}],
+    [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}], [{"type": "function"}],
+    [{"name": "f", "input_schema": {}}], {"type": "json_object"},
+    {"type": "json_schema", "json_schema": {"schema": {}}},
+    {"format": {"type": "json_schema", "schema": {"$ref": "#"}}}, {"type": "function", "function": {"name": "f"}},
+    {"regex": "[a"}, {"include_usage": True}, "required", "none", {"type": "enabled"}, {"effort": "high"},
 ]  # fmt: skip
+
+
+FIELDS = sorted(
+    {"no_such_field"}.union(
+        *(
+            kind.__struct_fields__
+            for kind in (
+                ChatRequest, CompletionRequest, MessagesRequest, ResponsesRequest, EmbeddingRequest, TokenizeRequest,
+                DetokenizeRequest,
+            )
+        )
+    )
+)  # fmt: skip
 
 
 def mutated(random_: random.Random, path: str) -> dict[str, Any]:
     """A sound body with one to three fields replaced, added or left out."""
-    fields = [
-        "model", "prompt", "messages", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "seed", "stop",
-        "stream", "logprobs", "top_logprobs", "echo", "best_of", "logit_bias", "bad_words", "min_tokens",
-        "presence_penalty", "frequency_penalty", "repetition_penalty", "stop_token_ids", "ignore_eos", "stream_options",
-        "user", "system",
-        "stop_sequences", "tokens", "tools", "response_format", "max_completion_tokens", "add_special_tokens", "input",
-        "instructions", "max_output_tokens", "store", "dimensions", "encoding_format",
-    ]  # fmt: skip
     body = dict(SOUND[path])
     for _ in range(random_.randint(1, 3)):
-        field, value = random_.choice(fields), random_.choice([*VALUES, "leave out"])
+        field, value = random_.choice(FIELDS), random_.choice([*VALUES, "leave out"])
         if value == "leave out":
             body.pop(field, None)
         else:
@@ -145,13 +161,12 @@ def mutated(random_: random.Random, path: str) -> dict[str, Any]:
     return body
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_whatever_a_field_holds_it_is_answered(server: Running, path: str) -> None:
+def answered(server: Running, path: str, n: int) -> None:
     """No 500, nothing in flight that stays, and the server serves on."""
     draws = random.Random(path)
     statuses = set()
     with httpx.Client(timeout=PATIENCE_S) as client:
-        for _ in range(300):
+        for _ in range(n):
             body = mutated(draws, path)
             response = client.post(server.url + path, content=json.dumps(body).encode())
             assert response.status_code in (200, 400, 404, 413), (body, response.text)
@@ -161,3 +176,15 @@ def test_whatever_a_field_holds_it_is_answered(server: Running, path: str) -> No
     assert {200, 400} <= statuses
     assert server.metrics()["tenon_requests_running"] == 0
     assert post(server, path, json.dumps(SOUND[path]).encode()).status_code == 200
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_whatever_a_field_holds_it_is_answered(server: Running, path: str) -> None:
+    answered(server, path, 300)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("path", PATHS)
+def test_whatever_many_fields_hold_they_are_answered(server: Running, path: str) -> None:
+    answered(server, path, 20_000)
