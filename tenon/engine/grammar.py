@@ -119,7 +119,9 @@ class Compiler:
         limits, request = self._limits, {"compile": structure.kind, "source": structure.source}
         try:
             reply = self._worker.ask(
-                request | {"cpu_s": limits.cpu_s, "probe": limits.probe}, limits.wall_s, _MAX_REPLY
+                request | {"cpu_s": limits.cpu_s, "probe": limits.probe, "exact": structure.exact},
+                limits.wall_s,
+                _MAX_REPLY,
             )
         except ResourceError as error:
             said = f"structured output is not to be had: {error}"

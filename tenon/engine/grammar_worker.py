@@ -41,7 +41,10 @@ _PLACE: Final = re.compile(r"^(\[[\d:]+\] )?\S+\.(cc|h):\d+: ")
 class Grammars:
     """One vocabulary, and what there is of grammars and matchers over it."""
 
-    def __init__(self, folder: str, vocab_size: int, stop_ids: list[int], masks: NDArray[np.int32]) -> None:
+    def __init__(
+        self, folder: str, vocab_size: int, stop_ids: list[int], masks: NDArray[np.int32], warnings: int
+    ) -> None:
+        """``warnings``: the end of a pipe into which the library writes them."""
         import xgrammar
 
         from tenon.models.tokenizer import load_tokenizer
@@ -54,12 +57,14 @@ class Grammars:
             words, xgrammar.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=stop_ids
         )
         self._compiler = xgrammar.GrammarCompiler(self._info, max_threads=1, cache_enabled=False)
-        self._masks = masks
+        self._masks, self._warnings = masks, warnings
         self._grammars: dict[str, Any] = {}
         self._matchers: dict[int, Any] = {}
 
-    def compile(self, kind: str, source: str, *, probe: bool) -> dict[str, Any]:
-        """``probe``: make the first mask too, which shows whether any can be made."""
+    def compile(self, kind: str, source: str, *, probe: bool, exact: bool) -> dict[str, Any]:
+        """``probe``: make the first mask too, which shows whether any can be made. ``exact``: what the library warns of
+        is an error, for it warns of what it does not keep."""
+        _drain(self._warnings)
         compiler, spaces = self._compiler, MAX_SPACES
         try:
             match kind:
@@ -75,10 +80,16 @@ class Grammars:
                     compiled = compiler.compile_structural_tag(source)
                 case _:
                     return {"error": f"there is no kind {kind!r}"}
-            if probe:
-                self._x.GrammarMatcher(compiled).fill_next_token_bitmask(self._masks, 0)
+            if probe and self._x.GrammarMatcher(compiled).fill_next_token_bitmask(self._masks, 0):
+                if not self._masks[0].any():
+                    return {"error": "there is no text of this form"}
         except Exception as error:  # whatever a library says about a stranger's text is an answer
             return {"error": _first_line(error)}
+        warned = [line for line in _drain(self._warnings).splitlines() if "Warning: " in line]
+        if exact and warned:
+            return {
+                "error": f"this cannot be kept exactly: {_PLACE.sub('', warned[0]).removeprefix('Warning: ')[:400]}"
+            }
         return {"compiled": compiled.serialize_json()}
 
     def fill(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +112,17 @@ class Grammars:
             except Exception as error:
                 errors[str(sequence)] = _first_line(error)
         return {"errors": errors}
+
+
+def _drain(descriptor: int) -> str:
+    """What is in a pipe."""
+    found = b""
+    try:
+        while piece := os.read(descriptor, 1 << 16):
+            found += piece
+    except BlockingIOError:
+        pass
+    return found.decode(errors="replace")
 
 
 def _first_line(error: Exception) -> str:
@@ -128,7 +150,9 @@ def serve(grammars: Grammars, source: BinaryIO, sink: BinaryIO, at_work: NDArray
         if "fill" in request:
             reply = grammars.fill(request)
         else:
-            reply = grammars.compile(request["compile"], request["source"], probe=request["probe"])
+            reply = grammars.compile(
+                request["compile"], request["source"], probe=request["probe"], exact=request["exact"]
+            )
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         _write(sink, reply | {"number": request["number"]})
 
@@ -144,6 +168,10 @@ def main(descriptor: int, n_rows: int) -> None:
     source = os.fdopen(0, "rb", buffering=0)  # what a buffer holds here each child would hold, and answer again
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no answer
+    warnings, said = os.pipe()
+    os.set_blocking(warnings, False)
+    os.set_blocking(said, False)  # what does not fit is not waited for
+    os.dup2(said, 2)
     hello = json.loads(source.readline())
     n_words = -(-hello["vocab_size"] // 32)
     memory: mmap.mmap | bytearray = bytearray(4 * n_rows * n_words)
@@ -151,7 +179,7 @@ def main(descriptor: int, n_rows: int) -> None:
         memory = mmap.mmap(descriptor, 4 * n_rows * n_words)
     masks = np.frombuffer(memory, np.int32).reshape(n_rows, n_words)
     try:
-        grammars = Grammars(hello["folder"], hello["vocab_size"], hello["stop_ids"], masks)
+        grammars = Grammars(hello["folder"], hello["vocab_size"], hello["stop_ids"], masks, warnings)
     except ImportError as error:
         _write(sink, {"refused": f"{error.name or error} is not installed; pip install 'tenon[structured]'"})
         return

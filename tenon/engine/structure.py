@@ -9,18 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tenon.base.errors import RequestError
+from tenon.engine.schema import cannot_keep, with_patterns
 
 KINDS: Final = ("json_schema", "json_object", "regex", "ebnf", "tags")
 MAX_BYTES: Final = 64 * 2**10
 MAX_DEPTH: Final = 64
 MAX_CHOICES: Final = 1024
-
-UNSUPPORTED: Final = (
-    "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "contains", "minContains",
-    "maxContains", "uniqueItems", "multipleOf", "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$anchor",
-    "$dynamicAnchor", "$id",
-)  # fmt: skip
-"""Keywords of JSON Schema that no grammar here enforces: an output could finish and not validate."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +25,8 @@ class Structure:
     kind: str
     source: str = ""
     param: str = "response_format"
+    exact: bool = True
+    """Whether a grammar that is known to take more than was asked for is refused."""
 
     def __post_init__(self) -> None:
         n_bytes = len(self.source.encode("utf-8", "surrogatepass"))
@@ -58,14 +54,13 @@ def json_schema(schema: Any, param: str, *, strict: bool = True) -> Structure:
         said = f"{param} must be a JSON schema, which is an object, got {type(schema).__name__}"
         raise RequestError(said, param=param, code="invalid_grammar")
     try:
-        structure = Structure("json_schema", json.dumps(schema, ensure_ascii=False), param)
+        Structure("json_schema", json.dumps(schema, ensure_ascii=False), param)  # size and depth, before anything else
     except RecursionError as error:
         said = f"{param}: the schema is nested too deep; the limit is {MAX_DEPTH}"
         raise RequestError(said, param=param, code="invalid_grammar") from error
-    if strict and (found := _unsupported(schema)) is not None:
-        said = f"{param}: the keyword {found!r} cannot be enforced here; leave it out and check for it yourself"
-        raise RequestError(said, param=param, code="unsupported_schema")
-    return structure
+    if strict and (why := cannot_keep(schema)) is not None:
+        raise RequestError(f"{param}: {why}", param=param, code="unsupported_schema")
+    return Structure("json_schema", json.dumps(with_patterns(schema), ensure_ascii=False), param, exact=strict)
 
 
 def choice(options: Sequence[Any], param: str) -> Structure:
@@ -74,25 +69,6 @@ def choice(options: Sequence[Any], param: str) -> Structure:
         said = f"{param} must be 1 to {MAX_CHOICES} texts that are not empty"
         raise RequestError(said, param=param, code="invalid_grammar")
     return Structure("ebnf", "root ::= " + " | ".join(json.dumps(one) for one in options), param)
-
-
-def _unsupported(schema: Any) -> str | None:
-    """The first keyword, in the places where schemas stand, that cannot be enforced."""
-    waiting = [schema]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, list):
-            waiting += one
-        if not isinstance(one, dict):
-            continue
-        for name, value in one.items():
-            if name in UNSUPPORTED and value not in (False, None):
-                return str(name)
-            if name in ("properties", "patternProperties", "$defs", "definitions"):
-                waiting += list(value.values()) if isinstance(value, dict) else []
-            elif name not in ("enum", "const", "default", "examples", "example"):
-                waiting.append(value)
-    return None
 
 
 def _bracket_depth(text: str) -> int:

@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from tenon.base.errors import RequestError
+from tenon.engine.schema import with_patterns
 from tenon.engine.structure import Structure, json_schema
 
 MAX_TOOLS: Final = 128
@@ -110,7 +111,8 @@ class Calling:
             if dialect is MISTRAL:
                 ends = [{"type": "const_string", "value": said} for said in (dialect.opening + " [", "]")]
                 form = {"type": "sequence", "elements": [ends[0], form, ends[1]]}
-        return Structure("tags", json.dumps({"type": "structural_tag", "format": form}), "tools")
+        exact = any(function.strict for function in wanted)
+        return Structure("tags", json.dumps({"type": "structural_tag", "format": form}), "tools", exact)
 
 
 def _tag(dialect: Dialect, function: Function, forced: bool) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def _tag(dialect: Dialect, function: Function, forced: bool) -> dict[str, Any]:
     elif dialect is MISTRAL and not forced:
         begin, end = f"{dialect.opening} [{begin}", "}]"
     parameters = function.parameters if function.parameters is not None else {"type": "object"}
-    content = {"type": "json_schema", "json_schema": parameters, "max_whitespace_cnt": 16}
+    content = {"type": "json_schema", "json_schema": with_patterns(parameters), "max_whitespace_cnt": 16}
     return {"type": "tag", "begin": begin, "content": content, "end": end}
 
 

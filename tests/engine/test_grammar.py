@@ -208,6 +208,14 @@ def test_a_thought_is_free_and_what_follows_is_not(bench: Bench) -> None:
         assert thinking or ends >= 0
 
 
+def test_strings_of_bounded_length_are_json(bench: Bench) -> None:
+    """The library's own lengths let control characters in."""
+    form = json_schema({"type": "string", "minLength": 1, "maxLength": 4}, "p")
+    adds = [bench.add(f"r{i}", form, temperature=100.0, seed=i, max_tokens=30) for i in range(60)]
+    for ids in build.run(bench.engine(), adds).values():
+        assert isinstance(json.loads(bench.text(ids)), str)
+
+
 @pytest.mark.parametrize(
     ("outputs", "thinking", "start"),
     [((), False, 0), ((8,), False, 0), ((1, 8), False, None), ((1, 8, 2, 9), False, 3), ((9, 1), False, 0),
@@ -230,6 +238,10 @@ def test_where_a_grammar_binds(outputs: tuple[int, ...], thinking: bool, start: 
         (Structure("ebnf", "root ::= foo"), 'Rule "foo" is not defined'),
         (json_schema({"type": "objct"}, "p"), "Unsupported type"),
         (json_schema({"$ref": "#/nowhere"}, "p"), "Cannot find field nowhere"),
+        (json_schema({"$ref": "#"}, "p"), "there is no text of this form"),
+        (json_schema({"allOf": [{"type": "integer"}, {"type": "number"}]}, "p"), "allOf with multiple options"),
+        (json_schema({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "p"), "oneOf with overlapping"),
+        (json_schema({"type": "string", "pattern": "^a+$", "maxLength": 3}, "p"), "pattern combined with"),
     ],
 )
 def test_a_grammar_that_cannot_be_is_refused_in_words(bench: Bench, form: Structure, said: str) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 
 from tenon.base.errors import RequestError
+from tenon.engine.schema import with_patterns
 from tenon.engine.structure import MAX_BYTES, MAX_DEPTH, Structure, choice, json_schema
 
 
@@ -38,6 +40,43 @@ def test_what_cannot_be_kept_is_refused(schema: Any, said: str) -> None:
     with pytest.raises(RequestError, match=said) as raised:
         json_schema(schema, "p")
     assert raised.value.param == "p"
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"minimum": 5}, "'minimum' is enforced only beside a type"),
+        ({"$ref": "#/$defs/a", "minimum": 5, "$defs": {"a": {}}}, "'minimum' beside '$ref' cannot be enforced"),
+        ({"properties": {"a": {}}, "anyOf": [{"required": ["a"]}]}, "'properties' beside 'anyOf'"),
+        ({"type": "object", "properties": {"a": {}}, "required": ["a", "z"]}, "'required' names 'z'"),
+    ],
+)
+def test_what_the_compiler_would_pass_over_is_refused(schema: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(said)):
+        json_schema(schema, "p")
+    json_schema(schema, "p", strict=False)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None, "title": "Name"},
+        {"$ref": "#/$defs/a", "description": "x", "$defs": {"a": {"type": "integer", "minimum": 1}}},
+        {"type": "object", "propertyNames": {"maxLength": 3}, "additionalProperties": {"type": "integer"}},
+        {"type": ["string", "null"], "maxLength": 3},
+        {"enum": [1, 2], "type": "integer"},
+    ],
+)
+def test_what_common_libraries_write_is_taken(schema: Any) -> None:
+    json_schema(schema, "p")
+
+
+def test_lengths_become_patterns() -> None:
+    made = with_patterns({"type": "string", "minLength": 2, "maxLength": 9, "enum": None, "title": "maxLength"})
+    assert made == {"type": "string", "minLength": 2, "maxLength": 9, "enum": None, "title": "maxLength"}
+    assert with_patterns({"items": [{"maxLength": 3}]}) == {"items": [{"pattern": "^.{0,3}$"}]}
+    assert with_patterns({"minLength": 2})["pattern"] == "^.{2,}$"
+    assert with_patterns({"pattern": "a", "maxLength": 3}) == {"pattern": "a", "maxLength": 3}
 
 
 def test_words_inside_of_values_are_no_keywords() -> None:
