@@ -37,7 +37,7 @@ def cannot_keep(schema: Any) -> str | None:
             if name in NEVER and value not in (False, None):
                 return f"the keyword {name!r} cannot be enforced here; leave it out and check for it yourself"
             if name in OF_TYPE and "type" not in one and not is_name and not any(key in one for key in ALONE):
-                return f'{name!r} is enforced only beside a type: say "type": {OF_TYPE[name]!r}'.replace("'", '"')
+                return f"{name!r} is enforced only beside a type: say 'type': {OF_TYPE[name]!r}"
         alone = next((name for name in ALONE if name in one), None)
         beside = sorted(one.keys() - SAYS_NOTHING - {alone}) if alone is not None else []
         if beside:

@@ -80,7 +80,7 @@ def test_lengths_become_patterns() -> None:
 
 
 def test_words_inside_of_values_are_no_keywords() -> None:
-    json_schema({"enum": [{"not": 1}], "properties": {"if": {"const": {"contains": 2}}}}, "p")
+    json_schema({"properties": {"if": {"const": {"contains": 2}}, "not": {"enum": [{"not": 1}]}}}, "p")
 
 
 def test_a_choice_is_a_grammar_of_these_texts() -> None:
