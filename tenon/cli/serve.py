@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-remote", action="store_true", help="allow a host beyond loopback: whoever reaches the port is served"
     )
     http.add_argument("--keys", type=Path, metavar="FILE", help="who may use the server: TOML, keys and quotas")
+    http.add_argument(
+        "--admin", metavar="ADDRESS", help="where administrators come in: a Unix socket's path, or a port on 127.0.0.1"
+    )
+    http.add_argument("--config", type=Path, metavar="FILE", help="limits that a reload changes: TOML")
     http.add_argument("--served-name", help="what clients call the model (default: its folder or hub name)")
     http.add_argument(
         "--drain-s", type=float, default=server.drain_s,
@@ -94,6 +98,8 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
         port=args.port,
         allow_remote=args.allow_remote,
         keys=args.keys,
+        admin=args.admin,
+        config_file=args.config,
         served_name=args.served_name,
         drain_s=args.drain_s,
         record_folder=args.record,

@@ -124,10 +124,14 @@ class Told(Whole, Protocol):
 class Routes:
     """The handlers over one service."""
 
-    def __init__(self, service: Service, completions: Completions, limits: Limits) -> None:
+    def __init__(self, service: Service, completions: Completions) -> None:
         self._service = service
         self._completions = completions
-        self._limits = limits
+
+    @property
+    def _limits(self) -> Limits:
+        """As they are now: a reload changes them."""
+        return self._service.limits
 
     async def completions(self, request: Request) -> Response:
         origin = self._origin(request)
@@ -406,7 +410,7 @@ def build_app(
     service: Service, completions: Completions, *, loopback_only: bool, keys: KeyRing | None = None
 ) -> Starlette:
     """The ASGI application. ``keys``: who may use it; anybody without."""
-    routes = Routes(service, completions, service.limits)
+    routes = Routes(service, completions)
     get, post = ["GET"], ["POST"]
     return Starlette(
         routes=[

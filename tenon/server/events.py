@@ -82,7 +82,8 @@ class EventHub:
 
     def __init__(self, clock: Clock, *, bound: int, record_folder: Path | None = None) -> None:
         self._clock = clock
-        self._bound = bound
+        self.bound = bound
+        """Events that may wait for a reader that comes from now on."""
         self._subscriptions: set[Subscription] = set()
         self._latest: dict[str, bytes] = {}
         self.on_extras: Callable[[], None] = lambda: None
@@ -124,7 +125,7 @@ class EventHub:
 
     def subscribe(self, extras: frozenset[str] = frozenset()) -> Subscription:
         """A queue that begins with the latest of each kind of state, so that a new reader knows where things stand."""
-        subscription = Subscription(self._bound, extras)
+        subscription = Subscription(self.bound, extras)
         for encoded in self._latest.values():
             subscription.put(encoded)
         self._subscriptions.add(subscription)

@@ -126,16 +126,29 @@ class KeyRing:
     def __post_init__(self) -> None:
         self.reload()
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._callers)
+
     def reload(self) -> None:
-        """Read the file again. Keys that have not changed keep what is in their buckets. Raises ``ConfigError``; then
-        the old keys stay."""
-        found = read_keys(self.path)
+        """Read the file again. Raises ``ConfigError``; then the old keys stay."""
+        self.use(read_keys(self.path))
+
+    def use(self, found: list[Key]) -> dict[str, list[str]]:
+        """These keys from now on; returns the names of those that came, went or changed. Keys that have not changed
+        keep what is in their buckets."""
         old = self._callers
         self._callers = {
             key.name: old[key.name] if key.name in old and old[key.name].key == key else Caller(key, self.clock)
             for key in found
         }
         _log.info("%d keys read from %s", len(found), self.path)
+        new = self._callers
+        return {
+            "added": [name for name in new if name not in old],
+            "removed": [name for name in old if name not in new],
+            "changed": [name for name in new if name in old and new[name] is not old[name]],
+        }
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """Whose request it is, by ``Authorization: Bearer KEY`` or ``X-Api-Key: KEY``. Raises ``Refusal`` (401)."""

@@ -17,11 +17,11 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import uvicorn
 
@@ -30,15 +30,17 @@ from tenon.base.errors import ConfigError, ResourceError, TenonError
 from tenon.engine import messages as m
 from tenon.engine.config import EngineConfig
 from tenon.models.hub import resolve
+from tenon.server.admin import Admin, Controls, Door
 from tenon.server.app import build_app
 from tenon.server.completions import Completions
 from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
-from tenon.server.keys import KeyRing
+from tenon.server.keys import KeyRing, read_keys
 from tenon.server.limits import Limits, guarded_protocol
 from tenon.server.listener import Listener
 from tenon.server.model_text import load_model_text
 from tenon.server.service import Service, State
+from tenon.server.settings import Settings, changes, read_settings
 from tenon.server.supervisor import Supervisor
 
 LAST_WORDS_S: Final = 2.0
@@ -50,7 +52,9 @@ _log = logging.getLogger("tenon.server")
 @dataclass(frozen=True)
 class ServeConfig:
     """One server. ``keys`` is a file (:mod:`tenon.server.keys`); without one, ``allow_remote`` must be said to listen
-    beyond loopback, for whoever reaches the port may use the model. Raises ``ConfigError`` naming the field.
+    beyond loopback, for whoever reaches the port may use the model. ``admin`` is a Unix socket's path or a port
+    (:mod:`tenon.server.admin`), ``config_file`` has what can change later (:mod:`tenon.server.settings`). Raises
+    ``ConfigError`` naming the field.
     """
 
     engine: EngineConfig
@@ -58,6 +62,8 @@ class ServeConfig:
     port: int = 8000
     allow_remote: bool = False
     keys: Path | None = None
+    admin: str | None = None
+    config_file: Path | None = None
     served_name: str | None = None
     drain_s: float = 30.0
     record_folder: Path | None = None
@@ -86,6 +92,9 @@ class ServeConfig:
             return self.served_name
         path = Path(self.engine.model).expanduser()
         return path.resolve().name if path.is_dir() else self.engine.model
+
+
+_OPTIONS: Final = frozenset(option.name for option in fields(ServeConfig))
 
 
 class Console(Protocol):
@@ -140,33 +149,44 @@ class Server:
     def __init__(self, config: ServeConfig, console: Console) -> None:
         self._config = config
         self._console = console
+        self._base = Settings(config.limits, config.drain_s)
+        self._settings = (
+            self._base if config.config_file is None else read_settings(config.config_file, self._base, _OPTIONS)
+        )
+        limits = self._settings.limits
         folder = None
         if config.record_folder is not None:
             folder = config.record_folder / f"serve-{int(SYSTEM.wall_s())}-{os.getpid()}"
-        self._events = EventHub(SYSTEM, bound=config.limits.queued_events, record_folder=folder)
-        self._service = Service(model=config.model_name, limits=config.limits, clock=SYSTEM, events=self._events)
+        self._events = EventHub(SYSTEM, bound=limits.queued_events, record_folder=folder)
+        self._service = Service(model=config.model_name, limits=limits, clock=SYSTEM, events=self._events)
         self._completions = Completions(self._service)
         self._supervisor: Supervisor | None = None
         self._stop = asyncio.Event()
+        self._signalled = False
         self._death: tuple[str, str] | None = None
         self._keys = KeyRing(config.keys, SYSTEM) if config.keys is not None else None
         app = build_app(
             self._service, self._completions, loopback_only=is_loopback(config.host), keys=self._keys
         )  # fmt: skip
+        self._protocol = guarded_protocol(limits)
         self._http = _HttpServer(
             uvicorn.Config(
-                app, http=guarded_protocol(config.limits), ws="none", lifespan="off", log_config=None, access_log=False,
+                app, http=self._protocol, ws="none", lifespan="off", log_config=None, access_log=False,
                 server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=int(LAST_WORDS_S),
-                limit_concurrency=config.limits.max_connections,
+                limit_concurrency=limits.max_connections,
             )
         )  # fmt: skip
 
-    async def run(self, sock: socket.socket) -> int:
-        """Serve until told to stop or the engine ends; the exit status."""
+    async def run(self, sock: socket.socket, door: Door | None = None) -> int:
+        """Serve until told to stop or the engine ends; the exit status. ``door``: where administrators come in."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        controls = Controls(self._service, lambda: self._supervisor, self._in_effect, self._stop.set, self._reload)
+        admin = Admin(controls, door) if door is not None else None
+        if admin is not None:
+            admin.start()
         serving = asyncio.create_task(self._http.serve(sockets=[sock]))
         loading = asyncio.create_task(self._load(_url(self._config.host, sock)))
         try:
@@ -182,6 +202,8 @@ class Server:
                 await self._supervisor.close()
             if self._completions.model_text is not None:
                 self._completions.model_text.close()
+            if admin is not None:
+                await admin.close()
         if self._death is None:
             return 0
         self._console.failed(*self._death)
@@ -214,11 +236,12 @@ class Server:
 
     async def _drain(self) -> None:
         self._service.drain()
-        self._console.draining(self._service.n_running, self._config.drain_s)
+        drain_s = self._settings.drain_s
+        self._console.draining(self._service.n_running, drain_s)
         try:
-            await asyncio.wait_for(self._service.idle(), self._config.drain_s)
+            await asyncio.wait_for(self._service.idle(), drain_s)
         except TimeoutError:
-            _log.warning("%d requests did not finish within %g s", self._service.n_running, self._config.drain_s)
+            _log.warning("%d requests did not finish within %g s", self._service.n_running, drain_s)
             self._service.abort_all(Refusal("the server is shutting down", status=503, code="draining"))
 
     def _on_message(self, message: m.FromEngine) -> None:
@@ -232,18 +255,42 @@ class Server:
             self._service.engine_died(message)
             self._stop.set()
 
-    def _reload(self) -> None:
-        """SIGHUP: the key file again, whole or not at all."""
-        if self._keys is None:
-            _log.warning("SIGHUP reloads the key file, and there is none")
-            return
+    def _reload(self) -> dict[str, Any]:
+        """Key file and config file again, both or neither; what has changed. Raises ``ConfigError``: nothing has.
+
+        It reads and changes in one go, so that of two reloads the later one's files are what stays.
+        """
+        if self._keys is None and self._config.config_file is None:
+            raise ConfigError("there is nothing to reload: the server was given neither --keys nor --config")
+        settings, changed = self._settings, dict[str, Any]()
+        if self._config.config_file is not None:
+            settings = read_settings(self._config.config_file, self._base, _OPTIONS)
+            changed["config"] = changes(self._settings, settings)
+        if self._keys is not None:
+            changed["keys"] = self._keys.use(read_keys(self._keys.path))
+        self._settings = settings
+        self._service.limits = self._protocol.limits = settings.limits
+        self._events.bound = settings.limits.queued_events
+        _log.info("reloaded: %s", changed)
+        return changed
+
+    def _on_hangup(self) -> None:
         try:
-            self._keys.reload()
+            self._reload()
         except ConfigError as error:
-            _log.error("the old keys stay: %s", error)
+            _log.error("nothing is reloaded: %s", error)
+
+    def _in_effect(self) -> dict[str, Any]:
+        """The configuration that administrators see: names of keys, never keys."""
+        shown = asdict(self._config) | {"drain_s": self._settings.drain_s, "key_names": None}
+        del shown["limits"]  # told by themselves, as they are now
+        if self._keys is not None:
+            shown["key_names"] = self._keys.names
+        return {name: str(value) if isinstance(value, Path) else value for name, value in shown.items()}
 
     def _on_signal(self, number: signal.Signals) -> None:
-        if not self._stop.is_set():
+        if not self._signalled and self._death is None:  # the first one, also after an administrator's drain
+            self._signalled = True
             self._stop.set()
             return
         if self._supervisor is not None:
@@ -285,12 +332,17 @@ def _url(host: str, sock: socket.socket) -> str:
 def serve(config: ServeConfig, console: Console) -> int:
     """Run one server in this process until it ends; the exit status.
 
-    Raises ``ResourceError`` before anything is started where the port cannot be had.
+    Raises ``ResourceError`` before anything is started where the port or the admin's socket cannot be had.
     """
-    sock = bind(config.host, config.port)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    door = Door(config.admin) if config.admin is not None else None
 
     async def main() -> int:
-        return await Server(config, console).run(sock)
+        return await Server(config, console).run(sock, door)
 
-    return asyncio.run(main())
+    try:
+        sock = bind(config.host, config.port)
+        return asyncio.run(main())
+    finally:
+        if door is not None:
+            door.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
 from typing import Any, Final
 
@@ -158,10 +158,12 @@ class Service:
             self._lose(flight, message)
         self.settled.set()
 
-    def engine_lost(self, message: str, n_failures: int) -> None:
+    def engine_lost(self, message: str, n_failures: int, *, blameless: bool = False) -> None:
         """There will be another one; the last ``n_failures`` ended before they served. Requests in flight wait for it,
-        save those that too many engines have died under, and all of them where engines do not even start."""
+        save those that too many engines have died under, and all of them where engines do not even start. A
+        ``blameless`` end counts against no request."""
         under = set(self._served.values()) if n_failures == 0 else set(self._flights.values())
+        under = set() if blameless else under
         self._is_lost = True
         self._suspects.clear()
         self._probed = None
@@ -226,7 +228,7 @@ class Service:
     def _cleared(self, flight: Flight) -> None:
         """It has got a token, or is over, and the engine lives."""
         if flight is self._probed:
-            flight.n_again = self.limits.replays - 1
+            flight.n_again = max(0, self.limits.replays - 1)
             self._take_back(flight)
             self._probe()
         elif flight in self._suspects:
@@ -309,6 +311,11 @@ class Service:
         """Requests started and not ended."""
         return len(self._flights)
 
+    @property
+    def flights(self) -> Collection[Flight]:
+        """Requests started and not ended."""
+        return self._flights.values()
+
     def unready_because(self) -> str | None:
         """Why ``/readyz`` answers 503, or ``None``."""
         if self.state is not State.READY:
@@ -380,7 +387,7 @@ class Service:
             self._end(flight, "error")
             flight.job.fail(Refusal(said, status=500, code="engine_error"), "error")
             return
-        if flight.n_again == 0:
+        if flight.n_asked == 0:
             flight.cached_tokens = max(flight.cached_tokens, delta.cached_tokens)
         flight.outputs.setdefault(delta.index, []).extend(delta.ids)
         flight.n_output += len(delta.ids)

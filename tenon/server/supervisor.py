@@ -15,12 +15,13 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from tenon.base.clock import Clock
 from tenon.engine import messages as m
 from tenon.engine.config import EngineConfig
 from tenon.server.engine_link import EngineLink
+from tenon.server.failures import Refusal
 from tenon.server.service import Service
 
 FIRST_WAIT_S: Final = 0.5
@@ -78,6 +79,8 @@ class Supervisor:
         self._serves_since_s: float | None = None
         """Since when the present one does."""
         self._closing = False
+        self._asked = False
+        """Whether the present engine's end was asked for."""
         self._next: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._beats, self._beat_s = 0, 0.0
@@ -86,6 +89,7 @@ class Supervisor:
         """Start an engine; it says by its messages when it serves."""
         self._epoch += 1
         self._serves_since_s = None
+        self._asked = False
         link = EngineLink(
             self._config, epoch=self._epoch, on_message=self._receive, on_death=self._on_death
         )  # fmt: skip
@@ -101,6 +105,38 @@ class Supervisor:
         self._closing = True
         if self._link is not None:
             self._link.kill()
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether an engine that hangs would be noticed; read by any thread."""
+        return self._watching is None or not self._watching.done()
+
+    def engine(self) -> dict[str, Any]:
+        """The present engine: its process, epoch, and for how long it has served, null where it does not yet."""
+        since_s = self._serves_since_s
+        return {
+            "pid": self._link.pid if self._link is not None else None,
+            "epoch": self._epoch,
+            "served_s": round(self._clock.now_s() - since_s, 3) if since_s is not None else None,
+        }
+
+    def restart(self) -> dict[str, Any]:
+        """End the present engine, which no request is blamed for, and have the next one; returns what ``engine`` said.
+        Raises ``Refusal`` (409) where none serves."""
+        link, ended = self._serving(), self.engine()
+        self._asked = True
+        link.kill("the engine was ended as an administrator asked")
+        return ended
+
+    def forget(self) -> None:
+        """Have the engine forget what is cached and held by no request. Raises ``Refusal`` (409) where none serves."""
+        self._serving().send(m.Forget())
+
+    def _serving(self) -> EngineLink:
+        if self._link is None or self._serves_since_s is None or self._asked or self._closing:
+            reason = self._service.reason or "it is being restarted"
+            raise Refusal(f"no engine serves now: {reason}", status=409, code="no_engine")
+        return self._link
 
     async def close(self) -> None:
         """End the present engine, and have no other."""
@@ -128,7 +164,7 @@ class Supervisor:
         served_s = None if since_s is None else self._clock.now_s() - since_s
         wait_s = self._backoff.ended(served_s, was_idle=self._service.n_running == 0)
         _log.error("%s%s", message, f"\n{trace}" if trace else "")
-        self._service.engine_lost(message, self._backoff.n_failures)
+        self._service.engine_lost(message, self._backoff.n_failures, blameless=self._asked)
         self._next = asyncio.create_task(self._start_after(wait_s))
 
     async def _start_after(self, wait_s: float) -> None:
