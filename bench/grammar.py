@@ -91,7 +91,7 @@ def _any(rng: random.Random, depth: int) -> dict[str, Any]:
                 "required": ["kind", tag],
                 "additionalProperties": False,
             }
-            for tag in rng.sample(WORDS, 2)
+            for tag in rng.sample([word for word in WORDS if word != "kind"], 2)
         ]
     }
 
