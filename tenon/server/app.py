@@ -36,10 +36,10 @@ from tenon.server.responses import ChatFace, Head
 from tenon.server.service import Service
 
 PAGE: Final = Path(__file__).parent / "page"
+SCRIPTS: Final = ("page.js", "dom.js", "settings.js", "answer.js", "tokens.js", "live.js", "map.js")
 PAGE_FILES: Final = {
     "/": ("index.html", "text/html; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/map.js": ("map.js", "text/javascript; charset=utf-8"),
+    **{f"/{name}": (name, "text/javascript; charset=utf-8") for name in SCRIPTS},
     "/page.css": ("page.css", "text/css; charset=utf-8"),
 }
 PAGE_HEADERS: Final = {

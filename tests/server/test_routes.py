@@ -38,7 +38,7 @@ SOUND: dict[str, dict[str, Any]] = {
 """A body that each route takes."""
 GETS = {
     "/v1/models", "/v1/models/{name:path}", "/tokenizer_info", "/livez", "/health", "/readyz", "/metrics", "/events",
-    "/", "/page.js", "/map.js", "/page.css",
+    "/", "/page.js", "/dom.js", "/settings.js", "/answer.js", "/tokens.js", "/live.js", "/map.js", "/page.css",
 }  # fmt: skip
 PATHS = sorted(SOUND)
 NESTED = {"[": b"[" * 200_000, "{": b'{"a":' * 200_000, "prompt": b'{"model":"tiny","prompt":' + b"[" * 200_000}
