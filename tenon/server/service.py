@@ -295,6 +295,15 @@ class Service:
         """Requests started and not ended."""
         return len(self._flights)
 
+    def has_room(self, n_new: int, n_coming: int) -> bool:
+        """Whether ``n_new`` more sequences than ``n_coming`` would neither wait nor take what others may need soon; also
+        where there are no others."""
+        n_open = sum(len(flight.open) for flight in self._flights.values())
+        n_waiting = self.stats.waiting if self.stats is not None and self._flights else 0
+        n_before = n_open + n_coming
+        fits = n_before + n_new <= self.limits.max_in_flight // 2 or n_before == 0
+        return self.state is State.READY and n_waiting == 0 and fits
+
     def unready_because(self) -> str | None:
         """Why ``/readyz`` answers 503, or ``None``."""
         if self.state is not State.READY:
