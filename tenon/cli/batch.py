@@ -31,8 +31,9 @@ from tenon.server.run import ServeConfig, Server, bind
 from tenon.workloads.streaming import Client, Failed, Patience, Target
 
 ANSWER_BYTES: Final = 256 * 2**20
-MAX_FAILURES: Final = 6
-"""In a row, of a server that cannot be reached; after 1, 2, 4, ... seconds it is tried again."""
+OUTAGE_S: Final = 120.0
+"""How long a server that has answered may be out of reach; one that never has is not waited for."""
+RETRY_S: Final = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,15 +193,17 @@ class Work:
         before, start_s = replace(self.journal.tally), SYSTEM.now_s()
         if self.journal.done:
             self.console.print(f"{len(self.journal.done)} of {len(self.check.ids)} requests have been answered before")
-        with progress if self.console.is_terminal else nullcontext():
-            painter = asyncio.create_task(self._paint(batch, progress)) if self.console.is_terminal else None
-            try:
-                await batch.run()
-            finally:
-                if painter is not None:
-                    painter.cancel()
-                n_new = self.journal.tally.output_tokens - before.output_tokens
-                self.report(n_new / max(1e-9, SYSTEM.now_s() - start_s))
+        try:
+            with progress if self.console.is_terminal else nullcontext():
+                painter = asyncio.create_task(self._paint(batch, progress)) if self.console.is_terminal else None
+                try:
+                    await batch.run()
+                finally:
+                    if painter is not None:
+                        painter.cancel()
+        finally:
+            n_new = self.journal.tally.output_tokens - before.output_tokens
+            self.report(n_new / max(1e-9, SYSTEM.now_s() - start_s))
 
     async def _paint(self, batch: BatchRun, progress: Progress) -> None:
         task = progress.add_task("", total=len(self.check.ids))
@@ -243,24 +246,27 @@ async def _asking(target: Target, work: Work, n_at_once: int) -> AsyncIterator[B
 
 
 class Asker:
-    """Asks over HTTP. A server that cannot be reached may be starting again, for a while."""
+    """Asks over HTTP. A server that is out of reach may be starting again."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._n_failures = 0
+        self._has_answered = False
+        self._lost_s: float | None = None
+        """Since when nothing comes."""
 
     async def ask(self, line: Line) -> Answer:
-        """Raises ``ResourceError`` after too many failures in a row."""
+        """Raises ``ResourceError`` where nothing has come for too long."""
         try:
             reply = await self._client.send("POST", line.url.removeprefix("/v1"), line.body)
             msgspec.json.decode(reply.body)
         except (Failed, msgspec.DecodeError) as failed:
-            self._n_failures += 1
-            if self._n_failures >= MAX_FAILURES:
+            now_s = SYSTEM.now_s()
+            self._lost_s = now_s if self._lost_s is None else self._lost_s
+            if not self._has_answered or now_s - self._lost_s > OUTAGE_S:
                 said = f"{self._client.target.url} does not answer ({failed})"
                 raise ResourceError(f"{said}; what has been answered is kept", subject="url") from failed
-            return Answer(LEFT, "", b"{}", 2.0 ** (self._n_failures - 1))
-        self._n_failures = 0
+            return Answer(LEFT, "", b"{}", RETRY_S)
+        self._has_answered, self._lost_s = True, None
         retry_after = reply.headers.get("retry-after", "")
         after_s = float(retry_after) if retry_after.isdecimal() else None
         return Answer(reply.status, reply.headers.get("x-request-id", ""), reply.body, after_s)

@@ -34,8 +34,8 @@ class BadLine(RequestError):
 
 @dataclass(frozen=True)
 class Line:
-    """One request of a batch. ``body`` is JSON, an object; ``model`` is what it names, if it does; ``n_sequences``: about
-    how many it makes the engine compute."""
+    """One request of a batch. ``body`` is JSON, an object; ``model`` is what it names, if it does; ``n_sequences``:
+    about how many it makes the engine compute."""
 
     number: int
     custom_id: str

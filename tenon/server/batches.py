@@ -132,6 +132,8 @@ class Batches:
         for path in store.batch_records():
             record = read_record(path, BatchRecord)
             self._records[record.id] = record
+            if record.status not in OPEN:  # it ended just before the server did
+                path.with_suffix(".journal").unlink(missing_ok=True)
 
     def attach(self, app: ASGIApp) -> None:
         """What answers lines: the application, behind the doors."""
@@ -216,6 +218,8 @@ class Batches:
         await self._enter(record, "cancelling")
         if batch := self._open.get(record.id):
             batch.cancel()
+        elif not self._stopping:  # the disk had ended its work
+            self._begin(record)
 
     # What becomes of each.
 

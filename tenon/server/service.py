@@ -296,8 +296,8 @@ class Service:
         return len(self._flights)
 
     def has_room(self, n_new: int, n_coming: int) -> bool:
-        """Whether ``n_new`` more sequences than ``n_coming`` would neither wait nor take what others may need soon; also
-        where there are no others."""
+        """Whether ``n_new`` sequences after ``n_coming`` would neither wait nor take what others may need soon; in any
+        case where there are no others."""
         n_open = sum(len(flight.open) for flight in self._flights.values())
         n_waiting = self.stats.waiting if self.stats is not None and self._flights else 0
         n_before = n_open + n_coming

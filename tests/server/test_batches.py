@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,14 @@ import httpx
 import openai
 import pytest
 
+from tenon.base.clock import ManualClock
+from tenon.server.batch_lines import Journal, answered
+from tenon.server.batches import Batches
+from tenon.server.events import EventHub
+from tenon.server.files import Store
+from tenon.server.keys import Caller
+from tenon.server.limits import Limits
+from tenon.server.service import Service
 from tests.server.conftest import PATIENCE_S, Running, start, wait_for
 from tests.server.test_files import client
 from tests.server.test_keys import ALICE, BOB, FILE, bearer
@@ -22,7 +31,7 @@ BODIES: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "hello", "max_tokens": 3, "seed": 7},
     RESPONSES: {"input": "hello", "max_output_tokens": 3, "temperature": 0},
 }
-LONG = {"prompt": "hello", "max_tokens": 100, "ignore_eos": True}
+LONG = {"prompt": "hello", "max_tokens": 60, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +205,7 @@ def test_a_cancelled_batch_keeps_what_was_answered(keyed: Running) -> None:
 
 
 def test_kill_in_the_middle_and_nothing_answered_is_asked_again(own_server: Start, tmp_path: Path) -> None:
-    n = 150
+    n = 100
     store = tmp_path / "store"
     server = own_server(store=store)
     api = client(server, "none")
@@ -236,11 +245,34 @@ def test_a_server_that_is_told_to_stop_leaves_the_rest_to_the_next(own_server: S
     assert json.loads(record.read_bytes())["status"] == "in_progress"
     [journal] = store.glob("*/*.journal")
     n_before = journal.read_bytes().count(b"\n")
-    again = own_server("--served-name", "another", store=store)  # not the model that it was made for: it waits
-    with client(again, "none") as api:
+    other = own_server("--served-name", "another", store=store)  # not the model that it was made for: it waits
+    with client(other, "none") as api:
         wait_for(lambda: api.batches.retrieve(made).request_counts.completed == n_before)  # type: ignore[union-attr]
-        assert api.batches.cancel(made).status in ("cancelling", "cancelled")
-        assert len(outputs(api, ended(api, made).output_file_id)) == n_before
+    assert other.stop() == 0
+    asked = json.loads(record.read_bytes())
+    record.write_text(json.dumps(asked | {"expires_at": 1}))
+    with client(own_server(store=store), "none") as api:
+        done = ended(api, made)
+        assert (done.status, done.request_counts.total) == ("expired", 2000)
+        assert len(outputs(api, done.output_file_id)) == n_before == done.request_counts.completed
+        late = outputs(api, done.error_file_id)
+        assert len(late) == 2000 - n_before == done.request_counts.failed
+        assert {each["error"]["code"] for each in late.values()} == {"batch_expired"}
+
+
+@pytest.mark.slow
+def test_a_tenant_that_has_no_room_left_keeps_what_was_answered(own_server: Start, tmp_path: Path) -> None:
+    server = own_server(limits={"store_bytes": 40_000, "max_open_batches": 1}, store=tmp_path / "store")
+    with client(server, "none") as api:
+        made = create(api, [line(f"c{i}", **LONG) for i in range(100)])
+        with pytest.raises(openai.RateLimitError, match="1 of your batches are under way"):
+            create(api, [line("a", prompt="hello")])
+        done = ended(api, made)
+        assert done.status == "failed"
+        assert done.errors.data[0].code == "storage_limit_exceeded"
+        assert 0 < len(outputs(api, done.output_file_id)) == done.request_counts.completed < 100
+        with pytest.raises(openai.APIStatusError, match=r"take .* of 40000 bytes"):
+            api.files.create(file=b"x" * 40_000, purpose="batch")
 
 
 @pytest.mark.slow
@@ -253,3 +285,48 @@ def test_interactive_requests_come_first(own_server: Start, tmp_path: Path) -> N
         for _ in range(20):
             assert api.completions.create(model="tiny", prompt="hello", max_tokens=2).usage is not None
         assert api.batches.cancel(made).status == "cancelling"
+
+
+def reopened(folder: Path) -> Batches:
+    """What a server has of this store; it never gets ready."""
+    clock, limits = ManualClock(epoch_s=100), Limits()
+    service = Service(model="tiny", limits=limits, clock=clock, events=EventHub(clock, bound=10))
+    return Batches(Store(folder, limits, clock), service, limits, clock, lambda key: Caller(None, clock))
+
+
+@pytest.mark.parametrize(("status", "end"), [("finalizing", "completed"), ("cancelling", "cancelled")])
+@pytest.mark.parametrize("noted", [False, True])
+def test_an_end_that_was_cut_off_is_made_once_more(tmp_path: Path, status: str, end: str, noted: bool) -> None:
+    async def begun() -> Path:
+        batches = reopened(tmp_path)
+        shelf = batches.store.shelf("")
+        draft = shelf.draft()
+        draft.write(written([line("a", prompt="x"), line("b", prompt="x")]))
+        source = await shelf.keep(draft, "requests.jsonl", "batch")
+        made = await batches.create(Caller(None, ManualClock()), source.id, COMPLETIONS, "24h", None)
+        await batches.close()
+        return shelf.folder / f"{made.id}.json"
+
+    record = asyncio.run(begun())
+    ids = {"output_file_id": "file-" + "1" * 24, "error_file_id": "file-" + "2" * 24} if noted else {}
+    record.write_text(json.dumps(json.loads(record.read_bytes()) | {"status": status, "total": 2, "ending": end} | ids))
+    if noted:  # the output had become a file already
+        (record.parent / ("file-" + "1" * 24 + ".data")).write_bytes(b"half")
+    with Journal(record.with_suffix(".journal")) as journal:
+        journal.append(answered("b", 200, "r", b"{}"))
+        journal.append(answered("a", 400, "r", b"{}"))
+
+    async def ended_again() -> dict[str, Any]:
+        batches = reopened(tmp_path)
+        batches.start()
+        await batches.close()
+        return batches.of("")[0].to_json()
+
+    done = asyncio.run(ended_again())
+    assert done["status"] == end
+    assert done["request_counts"] == {"total": 2, "completed": 1, "failed": 1}
+    for name, custom_id in (("output_file_id", "b"), ("error_file_id", "a")):
+        assert done[name] == ids.get(name, done[name])
+        assert json.loads((record.parent / f"{done[name]}.data").read_bytes())["custom_id"] == custom_id
+    assert not record.with_suffix(".journal").exists()
+    assert asyncio.run(ended_again()) == done

@@ -125,7 +125,10 @@ def test_broken_forms_are_refused_and_leave_nothing(keyed: Running, how: str) ->
     assert httpx.get(keyed.url + "/v1/files", headers=headers).json()["data"] == []
 
 
-@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data", "multipart/form-data; boundary=" + "B" * 99])
+KINDS = ["application/json", "multipart/form-data", "multipart/form-data; boundary=" + "B" * 99]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_form_is_told(keyed: Running, kind: str) -> None:
     headers = bearer(BOB) | {"content-type": kind}
     response = httpx.post(keyed.url + "/v1/files", content=b"{}", headers=headers, timeout=PATIENCE_S)
