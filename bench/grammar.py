@@ -247,7 +247,7 @@ CONTENDERS = {
 def cells(quick: bool) -> list[Cell]:
     n = 20 if quick else PER_SAMPLE
     many = {"schemas": n, "at_once": 16}
-    few = {"schemas": 3 if quick else 10, "at_once": 1}
+    few = {"schemas": 3 if quick else 6, "at_once": 1}
     rounds = 2 if quick else ROUNDS
     return [
         Cell("schemas", many, rounds, 0, ("tenon", "free"), sample_s=n * 0.15, limit_s=900),

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 when no request was answered; 130 when it was interrupted, after the report of what ran."""
     console = Console()
     extra = _extra(args.body)
-    target = Target(args.url, _key(args.api_key_file))
+    target = Target(args.url, read_key(args.api_key_file))
     patience = Patience(args.connect_s, args.silence_s, args.timeout_s)
     requests = trace.load(args.trace)
     slos = reports.slos_from(args.slo, requests)
@@ -181,7 +181,7 @@ async def _paint(load: Load, progress: Progress) -> None:
         await asyncio.sleep(REFRESH_S)
 
 
-def _key(path: Path | None) -> str:
+def read_key(path: Path | None) -> str:
     """The API key from a file, else from the environment; "" for none. Its text is never part of an error."""
     if path is None:
         return os.environ.get(KEY_VARIABLE, "").strip()

@@ -18,9 +18,9 @@ from tenon.server.run import ServeConfig, serve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    engine, server = EngineConfig(), ServeConfig(EngineConfig())
+    server = ServeConfig(EngineConfig())
     parser.add_argument(
-        "model", nargs="?", default=engine.model, help="a folder, a hub name, or 'embedded' (default: %(default)s)"
+        "model", nargs="?", default=server.engine.model, help="folder, hub name, or 'embedded' (default: %(default)s)"
     )
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default=server.host, help="address to listen on (default: %(default)s)")
@@ -46,7 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-wait-s", type=float, default=server.limits.max_wait_s, metavar="SECONDS",
         help="refuse with 429 what would wait longer than so for its turn (default: no bound but 512 in flight)",
     )  # fmt: skip
+    http.add_argument(
+        "--store", type=Path, metavar="DIR", help="files and batches of clients (default: in the state folder)"
+    )
     http.add_argument("--record", type=Path, metavar="DIR", help="also write events to DIR/<run>/events.jsonl")
+    add_engine_arguments(parser)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    engine = EngineConfig()
     group = parser.add_argument_group("engine")
     group.add_argument("--dtype", default=engine.dtype, choices=("auto", "float32", "bfloat16", "float16"))
     group.add_argument("--device", default=engine.device, help="auto, cpu, cuda or cuda:N (default: %(default)s)")
@@ -74,26 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def config_from(args: argparse.Namespace) -> ServeConfig:
     """The arguments as one config. Raises ``ConfigError`` naming what is wrong."""
     return ServeConfig(
-        engine=EngineConfig(
-            model=args.model,
-            executor=args.executor,
-            step_ms=args.step_ms,
-            dtype=args.dtype,
-            device=args.device,
-            numerics=args.numerics,
-            block_tokens=args.block_tokens,
-            kv_bytes=args.kv_bytes,
-            max_model_len=args.max_model_len,
-            max_step_tokens=args.max_step_tokens,
-            max_sequences=args.max_sequences,
-            chunk=args.chunk,
-            tpot_ms=args.tpot_ms,
-            min_chunk_tokens=args.min_chunk_tokens,
-            max_waiting=args.max_waiting,
-            prefix_cache=not args.no_prefix_cache,
-            evict=args.evict,
-            threads=args.threads,
-        ),
+        engine=engine_from(args),
         host=args.host,
         port=args.port,
         allow_remote=args.allow_remote,
@@ -103,7 +92,32 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
         served_name=args.served_name,
         drain_s=args.drain_s,
         record_folder=args.record,
+        store=args.store,
         limits=Limits(replays=args.replays, max_wait_s=args.max_wait_s),
+    )
+
+
+def engine_from(args: argparse.Namespace) -> EngineConfig:
+    """Raises ``ConfigError``."""
+    return EngineConfig(
+        model=args.model,
+        executor=args.executor,
+        step_ms=args.step_ms,
+        dtype=args.dtype,
+        device=args.device,
+        numerics=args.numerics,
+        block_tokens=args.block_tokens,
+        kv_bytes=args.kv_bytes,
+        max_model_len=args.max_model_len,
+        max_step_tokens=args.max_step_tokens,
+        max_sequences=args.max_sequences,
+        chunk=args.chunk,
+        tpot_ms=args.tpot_ms,
+        min_chunk_tokens=args.min_chunk_tokens,
+        max_waiting=args.max_waiting,
+        prefix_cache=not args.no_prefix_cache,
+        evict=args.evict,
+        threads=args.threads,
     )
 
 

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -24,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tenon.base.errors import TenonError
 from tenon.engine.params import SamplingParams
 from tenon.server import anthropic, embeddings, responses_api, tokens
+from tenon.server.batches import Batches
 from tenon.server.completions import Answer, Completions, Origin, draw_seed
 from tenon.server.events import EXTRAS
 from tenon.server.failures import Refusal, body_of, headers_of, status_of
@@ -34,6 +34,7 @@ from tenon.server.metrics import CONTENT_TYPE
 from tenon.server.protocol import parse_chat, parse_completion
 from tenon.server.responses import ChatFace, Head
 from tenon.server.service import Service
+from tenon.server.storage_api import Json, StorageRoutes
 
 PAGE: Final = Path(__file__).parent / "page"
 SCRIPTS: Final = ("page.js", "dom.js", "settings.js", "answer.js", "tokens.js", "live.js", "map.js")
@@ -55,13 +56,6 @@ LINGER_S: Final = 1.0
 LOOPBACK_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _CHALLENGE: Final = {"www-authenticate": "Bearer"}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
-
-
-class Json(Response):
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return msgspec.json.encode(content)
 
 
 class Streamed(Response):
@@ -407,19 +401,32 @@ def _extras(request: Request) -> frozenset[str]:
 
 
 def build_app(
-    service: Service, completions: Completions, *, loopback_only: bool, keys: KeyRing | None = None
+    service: Service,
+    completions: Completions,
+    *,
+    loopback_only: bool,
+    keys: KeyRing | None = None,
+    batches: Batches | None = None,
+    no_store: str = "it has no folder for them",
 ) -> Starlette:
-    """The ASGI application. ``keys``: who may use it; anybody without."""
+    """The ASGI application. ``keys``: who may use it; anybody without. ``batches``: what is stored, and why not."""
     routes = Routes(service, completions)
     get, post = ["GET"], ["POST"]
+    handlers = {HTTPException: routes.failed, TenonError: routes.failed, Exception: routes.failed}
+    generating = [
+        Route("/v1/completions", routes.completions, methods=post),
+        Route("/v1/chat/completions", routes.chat, methods=post),
+        Route(responses_api.PATH, routes.responses, methods=post),
+    ]
+    if batches is not None:
+        batches.attach(Starlette(routes=generating, exception_handlers=handlers))
     return Starlette(
         routes=[
             Route("/v1/models", routes.models, methods=get),
             Route("/v1/models/{name:path}", routes.model, methods=get),
-            Route("/v1/completions", routes.completions, methods=post),
-            Route("/v1/chat/completions", routes.chat, methods=post),
+            *generating,
             Route("/v1/embeddings", routes.embed, methods=post),
-            Route(responses_api.PATH, routes.responses, methods=post),
+            *StorageRoutes(batches, service.limits, no_store).routes(),
             Route(anthropic.PATH, routes.messages, methods=post),
             Route(anthropic.COUNT_PATH, routes.count_tokens, methods=post),
             Route("/tokenize", routes.tokenize, methods=post),
@@ -433,5 +440,5 @@ def build_app(
             *(Route(path, routes.page, methods=get) for path in PAGE_FILES),
         ],
         middleware=[Middleware(Doorman, loopback_only=loopback_only, anybody=Caller(None, service.clock), keys=keys)],
-        exception_handlers={HTTPException: routes.failed, TenonError: routes.failed, Exception: routes.failed},
+        exception_handlers=handlers,
     )

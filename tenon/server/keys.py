@@ -150,6 +150,10 @@ class KeyRing:
             "changed": [name for name in new if name in old and new[name] is not old[name]],
         }
 
+    def named(self, name: str) -> Caller | None:
+        """The owner of the key that has this name now."""
+        return self._callers.get(name)
+
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """Whose request it is, by ``Authorization: Bearer KEY`` or ``X-Api-Key: KEY``. Raises ``Refusal`` (401)."""
         scheme, _, given = headers.get("authorization", "").partition(" ")

@@ -11,12 +11,15 @@ import asyncio
 import math
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Final
 
 import msgspec
 from starlette.types import Message, Receive
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tenon.base.errors import RequestError
+
+UPLOAD_PATH: Final = "/v1/files"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,19 @@ class Limits:
     queued_deltas: int = 4096
     """Tokens that may wait for a client that reads slowly; then its request is aborted."""
     queued_events: int = 512
+    file_bytes: int = 64 * 2**20
+    """Of one stored file: its upload alone may exceed ``body_bytes``."""
+    upload_Bps: int = 256 * 2**10
+    """An upload has ``receipt_s`` and what its announced length takes at this pace."""
+    store_bytes: int = 2**30
+    """Of all files and batches of one tenant."""
+    max_files: int = 1000
+    max_batches: int = 1000
+    """Of one tenant; ``max_open_batches`` of them may be under way."""
+    max_open_batches: int = 16
+    max_batch_lines: int = 50_000
+    batch_concurrency: int = 16
+    """Lines of all batches that are asked at once."""
     replays: int = 2
     """Engines that may die under a request before it is given up; 0: none."""
 
@@ -122,6 +138,11 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_header = False
         super().on_headers_complete()
+        if self.scope["path"] == UPLOAD_PATH and self._receipt is not None:
+            announced = dict(self.headers).get(b"content-length", b"")
+            n_bytes = min(int(announced) if announced.isdigit() else 0, self.limits.file_bytes)
+            self._receipt.cancel()
+            self._arm_receipt(n_bytes / self.limits.upload_Bps)
 
     def on_message_complete(self) -> None:
         self._in_header = True
@@ -151,8 +172,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             raise ValueError("header too large")  # httptools hands it on as a parser error
 
-    def _arm_receipt(self) -> None:
-        self._receipt = self.loop.call_later(self.limits.receipt_s, self._on_receipt_deadline)
+    def _arm_receipt(self, more_s: float = 0.0) -> None:
+        self._receipt = self.loop.call_later(self.limits.receipt_s + more_s, self._on_receipt_deadline)
 
     def _on_receipt_deadline(self) -> None:
         self._receipt = None

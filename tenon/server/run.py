@@ -27,15 +27,18 @@ import uvicorn
 
 from tenon.base.clock import SYSTEM
 from tenon.base.errors import ConfigError, ResourceError, TenonError
+from tenon.base.files import state_folder
 from tenon.engine import messages as m
 from tenon.engine.config import EngineConfig
 from tenon.models.hub import resolve
 from tenon.server.admin import Admin, Controls, Door
 from tenon.server.app import build_app
+from tenon.server.batches import Batches
 from tenon.server.completions import Completions
 from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
-from tenon.server.keys import KeyRing, read_keys
+from tenon.server.files import Store
+from tenon.server.keys import Caller, KeyRing, read_keys
 from tenon.server.limits import Limits, guarded_protocol
 from tenon.server.listener import Listener
 from tenon.server.model_text import load_model_text
@@ -67,6 +70,9 @@ class ServeConfig:
     served_name: str | None = None
     drain_s: float = 30.0
     record_folder: Path | None = None
+    store: Path | None = None
+    """Where files and batches are kept; by default in the state folder, unless another server keeps its there."""
+    keeps_files: bool = True
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -165,8 +171,11 @@ class Server:
         self._signalled = False
         self._death: tuple[str, str] | None = None
         self._keys = KeyRing(config.keys, SYSTEM) if config.keys is not None else None
+        self._anybody = Caller(None, SYSTEM)
+        self._batches, no_store = _batches(config, self._service, self._caller_of)
         app = build_app(
-            self._service, self._completions, loopback_only=is_loopback(config.host), keys=self._keys
+            self._service, self._completions, loopback_only=is_loopback(config.host), keys=self._keys,
+            batches=self._batches, no_store=no_store,
         )  # fmt: skip
         self._protocol = guarded_protocol(limits)
         self._http = _HttpServer(
@@ -189,12 +198,16 @@ class Server:
             admin.start()
         serving = asyncio.create_task(self._http.serve(sockets=[sock]))
         loading = asyncio.create_task(self._load(_url(self._config.host, sock)))
+        if self._batches is not None:
+            self._batches.start()
         try:
             await self._stop.wait()
             if self._death is None:
                 await self._drain()
         finally:
             loading.cancel()
+            if self._batches is not None:
+                await self._batches.close()
             self._service.close()
             self._http.should_exit = True
             await serving
@@ -208,6 +221,16 @@ class Server:
             return 0
         self._console.failed(*self._death)
         return 1
+
+    def stop(self) -> None:
+        """As SIGTERM does."""
+        self._stop.set()
+
+    def _caller_of(self, key: str | None) -> Caller | None:
+        """Who has the key of this name; anybody (None) where there are no keys."""
+        if self._keys is None:
+            return self._anybody if key is None else None
+        return None if key is None else self._keys.named(key)
 
     async def _load(self, url: str) -> None:
         """Find the model, read its text side, start the engine; tell when it is ready."""
@@ -322,6 +345,21 @@ async def _abandonable(call: Callable[[], Path]) -> Path:
 
     Thread(target=work, name="resolve", daemon=True).start()
     return await future
+
+
+def _batches(
+    config: ServeConfig, service: Service, caller_of: Callable[[str | None], Caller | None]
+) -> tuple[Batches | None, str]:
+    """What is stored, or why nothing is. Raises ``ResourceError`` where the folder that was named cannot be had."""
+    if not config.keeps_files:
+        return None, "it answers one batch alone"
+    try:
+        folder = config.store or state_folder() / "store"
+        return Batches(Store(folder, config.limits, SYSTEM), service, config.limits, SYSTEM, caller_of), ""
+    except ResourceError as error:
+        if config.store is not None:
+            raise
+        return None, str(error)
 
 
 def _url(host: str, sock: socket.socket) -> str:

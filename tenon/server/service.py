@@ -308,13 +308,20 @@ class Service:
 
     @property
     def n_running(self) -> int:
-        """Requests started and not ended."""
         return len(self._flights)
 
     @property
     def flights(self) -> Collection[Flight]:
         """Requests started and not ended."""
         return self._flights.values()
+
+    def has_room(self, n_new: int, n_coming: int) -> bool:
+        """Whether ``n_new`` sequences after ``n_coming`` would neither wait nor take what others may need soon; in any
+        case where there are no others."""
+        n_before = n_coming + sum(len(flight.open) for flight in self._flights.values())
+        n_waiting = self.stats.waiting if self.stats is not None and self._flights else 0
+        fits = n_before + n_new <= self.limits.max_in_flight // 2 or n_before == 0
+        return self.state is State.READY and n_waiting == 0 and fits
 
     def unready_because(self) -> str | None:
         """Why ``/readyz`` answers 503, or ``None``."""

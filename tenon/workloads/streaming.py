@@ -126,8 +126,9 @@ class Client:
     Close it in the loop that it was used in.
     """
 
-    def __init__(self, target: Target, patience: Patience, clock: Clock) -> None:
-        self.target, self.patience, self.clock = target, patience, clock
+    def __init__(self, target: Target, patience: Patience, clock: Clock, body_bytes: int = BODY_BYTES) -> None:
+        """``body_bytes``: what is kept of an answer that is not a stream."""
+        self.target, self.patience, self.clock, self.body_bytes = target, patience, clock, body_bytes
         self._tls = ssl.create_default_context() if target.tls else None
         self._idle: list[Connection] = []
         self._open: set[Connection] = set()
@@ -302,7 +303,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         if self._receive is None or not self._is_stream():
-            self._body += body[: BODY_BYTES - len(self._body)]
+            self._body += body[: self._client.body_bytes - len(self._body)]
             return
         if self._reply is None or self._reply.done():
             return

@@ -142,25 +142,33 @@ def free_port() -> int:
 WITH_LIMITS = """
 import json, sys
 from tenon.cli.serve import Screen
+from pathlib import Path
 from rich.console import Console
 from tenon.engine.config import EngineConfig
 from tenon.server.limits import Limits
 from tenon.server.run import ServeConfig, serve
 given = json.loads(sys.argv[1])
 engine = EngineConfig(given["model"], executor="hash")
-config = ServeConfig(engine, port=given["port"], served_name="tiny", limits=Limits(**given["limits"]))
+config = ServeConfig(engine, port=given["port"], served_name="tiny", limits=Limits(**given["limits"]),
+    store=Path(given["store"]) if given["store"] else None)
 sys.exit(serve(config, Screen(Console(stderr=True), warn_remote=False)))
 """
 
 
-def start(model: Path, *options: str, wait_ready: bool = True, limits: dict[str, Any] | None = None) -> Running:
+def start(
+    model: Path, *options: str, wait_ready: bool = True, limits: dict[str, Any] | None = None, store: Path | None = None
+) -> Running:
     """``tenon serve`` as a user would start it; with ``limits``, the same server with smaller ones."""
     port = free_port()
     if limits is None:
         command = ["-m", "tenon.cli", "serve", str(model), "--executor", "hash", "--port", str(port)]
-        command += ["--served-name", "tiny", *options]
+        command += ["--served-name", "tiny", *options, *(["--store", str(store)] if store else [])]
     else:
-        command = ["-c", WITH_LIMITS, json.dumps({"model": str(model), "port": port, "limits": limits})]
+        command = [
+            "-c",
+            WITH_LIMITS,
+            json.dumps({"model": str(model), "port": port, "limits": limits, "store": str(store or "")}),
+        ]
     return launch(command, port, "tiny", wait_ready=wait_ready)
 
 

@@ -39,8 +39,15 @@ SOUND: dict[str, dict[str, Any]] = {
 GETS = {
     "/v1/models", "/v1/models/{name:path}", "/tokenizer_info", "/livez", "/health", "/readyz", "/metrics", "/events",
     "/", "/page.js", "/dom.js", "/settings.js", "/answer.js", "/tokens.js", "/live.js", "/map.js", "/page.css",
+    "/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content", "/v1/batches", "/v1/batches/{batch_id}",
 }  # fmt: skip
+STORED = {"/v1/files", "/v1/batches", "/v1/batches/{batch_id}/cancel"}
+"""Posts of what is stored: their sound bodies and their own limits are in ``test_files`` and ``test_batches``."""
+DELETES = {"/v1/files/{file_id}"}
 PATHS = sorted(SOUND)
+JSON_PATHS = sorted([*SOUND, "/v1/batches"])
+"""Where a JSON object is wanted."""
+BATCH = {"input_file_id": "file-" + "0" * 24, "endpoint": "/v1/completions", "completion_window": "24h"}
 NESTED = {"[": b"[" * 200_000, "{": b'{"a":' * 200_000, "prompt": b'{"model":"tiny","prompt":' + b"[" * 200_000}
 
 
@@ -49,7 +56,11 @@ def table() -> dict[str, set[str]]:
     clock = ManualClock()
     service = Service(model="tiny", limits=Limits(), clock=clock, events=EventHub(clock, bound=10))
     app = build_app(service, Completions(service), loopback_only=True)
-    return {route.path: set(route.methods or ()) for route in app.routes if isinstance(route, Route)}
+    found: dict[str, set[str]] = {}
+    for route in app.routes:
+        if isinstance(route, Route):
+            found.setdefault(route.path, set()).update(route.methods or ())
+    return found
 
 
 def post(server: Running, path: str, content: bytes) -> httpx.Response:
@@ -65,10 +76,11 @@ def assert_told(response: httpx.Response, status: int) -> str:
 
 
 def test_every_route_is_tested_here() -> None:
-    posts = {path for path, methods in table().items() if "POST" in methods}
-    assert posts == set(SOUND)
-    assert set(table()) - posts == GETS
-    assert all(methods <= {"GET", "HEAD", "POST"} for methods in table().values())
+    by_method = {
+        method: {path for path, methods in table().items() if method in methods} for method in ("GET", "POST", "DELETE")
+    }
+    assert by_method == {"GET": GETS, "POST": set(SOUND) | STORED, "DELETE": DELETES}
+    assert all(methods <= {"GET", "HEAD", "POST", "DELETE"} for methods in table().values())
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -76,7 +88,7 @@ def test_a_sound_body_is_taken(server: Running, path: str) -> None:
     assert post(server, path, json.dumps(SOUND[path]).encode()).status_code == 200
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", JSON_PATHS)
 def test_too_many_bytes(server: Running, path: str) -> None:
     with connect(server) as sock:
         head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 999999999\r\n\r\n{{"
@@ -93,21 +105,21 @@ def test_too_many_bytes(server: Running, path: str) -> None:
     assert_told(httpx.post(server.url + path, content=chunks(), timeout=PATIENCE_S), 413)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", JSON_PATHS)
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"7", b'"x"', b"\xff\xfe", b'{"model": "\xff"}'])
 def test_what_is_no_object(server: Running, path: str, body: bytes) -> None:
     assert_told(post(server, path, body), 400)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", JSON_PATHS)
 @pytest.mark.parametrize("how", NESTED)
 def test_deep_bodies(server: Running, path: str, how: str) -> None:
     assert_told(post(server, path, NESTED[how]), 400)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", JSON_PATHS)
 def test_unknown_fields_are_named(server: Running, path: str) -> None:
-    body = SOUND[path] | {"no_such_field": 1}
+    body = SOUND.get(path, BATCH) | {"no_such_field": 1}
     assert "no_such_field" in assert_told(post(server, path, json.dumps(body).encode()), 400)
 
 
