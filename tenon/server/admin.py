@@ -37,13 +37,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tenon.base.errors import ConfigError, ResourceError, TenonError
-from tenon.server.app import Doorman, Json
+from tenon.server.app import Doorman
 from tenon.server.failures import Refusal, body_of, status_of
 from tenon.server.flights import Flight
 from tenon.server.keys import Caller
 from tenon.server.limits import Limits, error_body, guarded_protocol
 from tenon.server.metrics import CONTENT_TYPE
 from tenon.server.service import Service
+from tenon.server.storage_api import Json
 from tenon.server.supervisor import Supervisor
 
 DEADLINE_S: Final = 2.0

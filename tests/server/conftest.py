@@ -150,7 +150,7 @@ from tenon.server.run import ServeConfig, serve
 given = json.loads(sys.argv[1])
 engine = EngineConfig(given["model"], executor="hash")
 config = ServeConfig(engine, port=given["port"], served_name="tiny", limits=Limits(**given["limits"]),
-    store=Path(given["store"]) if given["store"] else None)
+    store=Path(given["store"]) if given.get("store") else None)
 sys.exit(serve(config, Screen(Console(stderr=True), warn_remote=False)))
 """
 

@@ -183,7 +183,9 @@ def test_request_ids_go_both_ways(server: Running) -> None:
     assert hostile.headers["x-request-id"] not in ("", "a b\tc")
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/files", 404), ("GET", "/v1/completions", 405)])
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/v1/no_such_thing", 404), ("GET", "/v1/completions", 405)]
+)
 def test_unknown_paths_answer_in_the_shape_of_openai(server: Running, method: str, path: str, status: int) -> None:
     response = httpx.request(method, server.url + path, timeout=PATIENCE_S)
     assert response.status_code == status
