@@ -184,6 +184,7 @@ def test_no_block_is_held_by_two_tenants(size: int) -> None:
 class Counting(Colliding):
     """Colliding keys, and how often only the tokens told two blocks apart."""
 
+    n_bits = 3
     saved = 0
 
     def lookup(self, digest: bytes, tokens: bytes) -> int | None:
