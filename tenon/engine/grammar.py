@@ -82,14 +82,17 @@ class Compiler:
         self._limits = limits or GrammarLimits()
         program, hello = grammar_worker.__file__, vocabulary.hello()
         self._worker = LineWorker("grammar worker", program, ("-1", "1"), hello=hello, clock=clock)
-        self._lock = threading.Lock()
+        self._working, self._keeping = threading.Lock(), threading.Lock()
         self._kept: OrderedDict[tuple[str, Structure], tuple[str, str]] = OrderedDict()
         self.kept_bytes = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._n_waiting = 0
 
     async def compile_soon(self, structure: Structure, owner: str = "") -> tuple[str, str]:
-        """``compile`` in a thread that does nothing else. Raises ``Overloaded`` where too many wait for it."""
+        """``compile`` in a thread that does nothing else, and at once where it has been compiled. Raises ``Overloaded``
+        where too many wait for it."""
+        if (found := self._look(structure, owner)) is not None:
+            return found
         if self._n_waiting >= MAX_WAITING:
             raise Overloaded(f"{self._n_waiting} grammars wait to be compiled already", retry_after_s=1.0)
         self._n_waiting += 1
@@ -101,18 +104,24 @@ class Compiler:
     def compile(self, structure: Structure, owner: str = "") -> tuple[str, str]:
         """Name and text of the compiled grammar. Raises ``RequestError`` for one that is wrong or takes too much, and
         where none can be compiled."""
-        with self._lock:
-            found = self._kept.get((owner, structure))
-            if found is not None:
-                self._kept.move_to_end((owner, structure))
+        with self._working:
+            if (found := self._look(structure, owner)) is not None:
                 return found
             compiled = self._compile(structure)
             found = hashlib.sha256(compiled.encode()).hexdigest()[:32], compiled
-            self._kept[owner, structure] = found
-            self.kept_bytes += len(compiled)
-            while self.kept_bytes > self._limits.cache_bytes:
-                _, (_, dropped) = self._kept.popitem(last=False)
-                self.kept_bytes -= len(dropped)
+            with self._keeping:
+                self._kept[owner, structure] = found
+                self.kept_bytes += len(compiled)
+                while self.kept_bytes > self._limits.cache_bytes:
+                    _, (_, dropped) = self._kept.popitem(last=False)
+                    self.kept_bytes -= len(dropped)
+            return found
+
+    def _look(self, structure: Structure, owner: str) -> tuple[str, str] | None:
+        """Whether it has been compiled; whoever asks does not wait for another's compiling."""
+        with self._keeping:
+            if (found := self._kept.get((owner, structure))) is not None:
+                self._kept.move_to_end((owner, structure))
             return found
 
     def _compile(self, structure: Structure) -> str:
@@ -139,7 +148,7 @@ class Compiler:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-        with self._lock:
+        with self._working:
             self._worker.kill()
 
 
@@ -302,6 +311,9 @@ class Masks:
         self._sent = (self._sent | grammars.keys()) & used
         self._asked, self._asked_s = [(seq, seq.n_tokens) for seq in seqs], self._clock.now_s()
         worker.send(request)
+        if worker.n_started != self._told:  # it died just now, and another one cannot know what this builds on
+            worker.kill()
+            self._asked = []
 
     def _collect(self, wait_s: float) -> bool:
         """Whether what was asked for is settled, one way or another."""

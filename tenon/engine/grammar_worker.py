@@ -47,10 +47,11 @@ class Grammars:
         """``warnings``: the end of a pipe into which the library writes them."""
         import xgrammar
 
-        from tenon.models.tokenizer import load_tokenizer
+        from tenon.models.tokenizer import CALL_MARKS, load_tokenizer
 
         tokenizer = load_tokenizer(Path(folder), vocab_size)
-        special = tokenizer.special_ids  # written as nothing, by which xgrammar knows them
+        # Special tokens are written as nothing, by which xgrammar knows them.
+        special = tokenizer.special_ids - {tokenizer.token_id(mark) for mark in CALL_MARKS}
         words = [b"" if i in special else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self._x = xgrammar
         self._info = xgrammar.TokenizerInfo(

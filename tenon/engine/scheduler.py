@@ -160,7 +160,7 @@ class Scheduler:
         """The next step, or None when there is nothing to compute. Blocks are reserved for all its rows."""
         self.at(now_s)
         late = self._late = self.masks.late(self.running, self.waiting) if self.masks and self._n_bound else NOBODY_LATE
-        lane = None if late else self._lane
+        lane = self._lane if not late or late.isdisjoint(seq.id for seq in self.running) else None
         if lane is not None and lane.reserve(self.pools):
             self._spans, self._moves = lane.spans, []
             if self.waiting:
@@ -203,7 +203,7 @@ class Scheduler:
             if self.has_work:
                 raise IntegrityError("there is work, but no span could be scheduled")
             return None
-        self._lane = None if self._moves or late else Lane.open(self._spans, len(self.running))
+        self._lane = None if self._moves else Lane.open(self._spans, len(self.running))
         return self._assembled()
 
     def _assembled(self) -> Step:

@@ -24,6 +24,8 @@ from tenon.models.metadata import read_bytes, read_object
 FILE_NAME: Final = "tokenizer.json"
 CONFIG_NAME: Final = "tokenizer_config.json"
 THINK_MARKS: Final = ("<think>", "</think>")
+CALL_MARKS: Final = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+"""What models write around calls of tools: tokens that belong to a text, though files may call them special."""
 SHORT_CHARS: Final = 4096
 """Longer texts are encoded as a batch of one: the library lets other threads run then, and only then."""
 

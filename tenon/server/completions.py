@@ -20,7 +20,7 @@ from tenon.base.errors import ContextTooLong, IntegrityError, RequestError, Teno
 from tenon.engine.messages import Add, Grammar
 from tenon.engine.params import SamplingParams
 from tenon.engine.structure import Structure
-from tenon.models.tokenizer import is_thinking
+from tenon.models.tokenizer import CALL_MARKS, is_thinking
 from tenon.server.failures import Refusal, body_of
 from tenon.server.flights import Job
 from tenon.server.keys import Caller
@@ -222,7 +222,7 @@ class Completions:
     ) -> Answer:
         """What follows a conversation, up to the engine's acceptance. Raises ``RequestError``."""
         dialect, tools = text.dialect, None
-        if said.variables and not _reads_thinking(text):
+        if "enable_thinking" in (said.variables or {}) and not _reads_thinking(text):
             _log.warning(
                 "this model's chat template does not ask for thinking; what a request says of it has no effect"
             )
@@ -357,7 +357,7 @@ def _output(text: ModelText, add: Add, params: SamplingParams, said: Said | None
     thought, dialect = text.thought(add.prompt), text.dialect
     if said.calling is None or dialect is None:
         return OutputText(text.detokenizer(add.prompt), params.stop, params.min_tokens, thought)
-    decoder = text.detokenizer(add.prompt, keep=dialect.marks)
+    decoder = text.detokenizer(add.prompt, keep=CALL_MARKS)
     parser = ToolText(dialect, [function.name for function in said.calling.functions])
     return OutputText(decoder, params.stop, params.min_tokens, thought, parser)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class ModelText:
         kept = frozenset(token for name in keep if (token := self.tokenizer.token_id(name)) is not None)
         return Detokenizer(self.tokenizer, at_start=not prompt, keep=kept)
 
-    @property
+    @cached_property
     def dialect(self) -> Dialect | None:
         """How the model writes calls of tools, as its template tells."""
         sources = self.renderer.templates.sources

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
+from tenon.models.tokenizer import CALL_MARKS
 from tenon.server.tools import Dialect
 
 _BLANKS: Final = " \n\r\t"
@@ -200,7 +201,7 @@ class ToolText:
         """Of a dialect in which a call is all there is: the first character tells."""
         between = _BLANKS + ";" if self.n_calls else _BLANKS
         held = self._held.lstrip(between)
-        for mark in self._dialect.marks:
+        for mark in CALL_MARKS:
             if held.startswith(mark):
                 held = held[len(mark) :].lstrip(_BLANKS)
             elif held and mark.startswith(held):

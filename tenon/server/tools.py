@@ -34,8 +34,6 @@ class Dialect:
     opening: str
     closing: str
     arguments_key: str
-    marks: tuple[str, ...] = ()
-    """Tokens to keep in the text, though the tokenizer may hold them for special."""
     id_length: int | None = None
     """Of a call's id, where the template insists."""
 
@@ -44,9 +42,9 @@ class Dialect:
         return f'{{"name": {json.dumps(function)}, "{self.arguments_key}": '
 
 
-HERMES: Final = Dialect("hermes", "<tool_call>", "</tool_call>", "arguments", ("<tool_call>", "</tool_call>"))
-MISTRAL: Final = Dialect("mistral", "[TOOL_CALLS]", "]", "arguments", ("[TOOL_CALLS]",), id_length=9)
-LLAMA: Final = Dialect("llama", "", "", "parameters", ("<|python_tag|>",))
+HERMES: Final = Dialect("hermes", "<tool_call>", "</tool_call>", "arguments")
+MISTRAL: Final = Dialect("mistral", "[TOOL_CALLS]", "]", "arguments", id_length=9)
+LLAMA: Final = Dialect("llama", "", "", "parameters")
 
 
 def dialect_of(template: str) -> Dialect | None:

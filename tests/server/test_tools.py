@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -11,7 +12,12 @@ import pytest
 import tokenizers
 
 from tenon.base.errors import RequestError
-from tenon.server.tools import HERMES, LLAMA, MISTRAL, Function, Tool, calling, dialect_of
+from tenon.engine.grammar import Compiler, Masks, Vocabulary
+from tenon.engine.messages import Add, Grammar
+from tenon.models.tokenizer import load_tokenizer
+from tenon.server.tool_text import ToolText
+from tenon.server.tools import HERMES, LLAMA, MISTRAL, Calling, Function, Tool, calling, dialect_of
+from tests.engine import build
 from tests.server.conftest import PATIENCE_S, Running, start, write_model
 
 TEMPLATE = (
@@ -200,6 +206,33 @@ def test_responses_have_calls_and_thoughts(client: Any, tooled: Running) -> None
     back += [{"type": "function_call_output", "call_id": call.call_id, "output": "rain"} for call in calls]
     answer = client.responses.create(**asked | {"input": back, "tool_choice": "none", "max_output_tokens": 4})
     assert answer.status == "incomplete"
+
+
+def test_a_grammar_lets_a_special_token_begin_a_call(tmp_path: Path) -> None:
+    """Mistral's files hold the mark of calls for special; under a strict function the model must still get to it."""
+    folder = write_model(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["[TOOL_CALLS]"])
+    backend.save(str(folder / "tokenizer.json"))
+    mark = 258
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": mark + 1}))
+    vocabulary = Vocabulary(str(folder), mark + 1, (257,))
+    compiler, masks = Compiler(vocabulary), Masks(vocabulary, n_rows=2)
+    form = Calling((Function("weather", parameters=WEATHER, strict=True),)).structure(MISTRAL)
+    assert form is not None
+    bias = ((mark, 5000.0),)  # above all that the hash executor gives
+    add = Add("r", (1, 2), 300, 1, logit_bias=bias, grammar=Grammar(*compiler.compile(form)))
+    engine = build.hash_engine(100, mark + 1, masks=masks, eos_ids=(257,))
+    ids = build.run(engine, [add])["r", 0]
+    compiler.close()
+    masks.close()
+    assert ids[0] == mark
+    text = load_tokenizer(folder).decode(ids[1:], skip_special=True)
+    parser = ToolText(MISTRAL, ["weather"])
+    parts = [*parser.push("[TOOL_CALLS]" + text)[1], *parser.flush()[1]]
+    assert parts[0].name == "weather"
+    jsonschema.validate(json.loads("".join(part.arguments for part in parts if part.index == 0)), WEATHER)
 
 
 @pytest.mark.parametrize(
