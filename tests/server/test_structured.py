@@ -47,12 +47,12 @@ def test_a_schema_is_kept_in_every_form_of_answer(client: openai.OpenAI, server:
     plain = client.completions.create(prompt="hello", extra_body={"guided_json": SCHEMA}, **asked)
     check(plain.choices[0].text)
     response = client.responses.create(
-        model=server.model, input="hello", max_output_tokens=200,
+        model=server.model, input="hello", max_output_tokens=200, temperature=0,
         text={"format": {"type": "json_schema", "name": "pet", "schema": SCHEMA, "strict": True}},
     )  # fmt: skip
     check(response.output_text)
     messages = anthropic.Anthropic(base_url=server.url, api_key="none", timeout=PATIENCE_S, max_retries=0)
-    config = {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}
+    config = {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}, "temperature": 0}
     message = messages.messages.create(model=server.model, max_tokens=200, messages=HELLO, extra_body=config)
     check(message.content[0].text)  # type: ignore[union-attr]
 

@@ -164,7 +164,7 @@ def test_thoughts_are_told_apart(client: Any, tooled: Running) -> None:
 def test_messages_have_tools_and_thoughts(tooled: Running) -> None:
     client: Any = anthropic.Anthropic(base_url=tooled.url, api_key="none", timeout=PATIENCE_S, max_retries=0)
     asked: dict[str, Any] = {
-        "model": tooled.model, "max_tokens": 300, "messages": HELLO,
+        "model": tooled.model, "max_tokens": 400, "messages": HELLO, "extra_body": {"temperature": 0},
         "tools": [{"name": "weather", "description": "of a city", "input_schema": WEATHER}],
         "tool_choice": {"type": "tool", "name": "weather"},
     }  # fmt: skip
@@ -185,7 +185,8 @@ def test_messages_have_tools_and_thoughts(tooled: Running) -> None:
 
 def test_responses_have_calls_and_thoughts(client: Any, tooled: Running) -> None:
     asked: dict[str, Any] = {
-        "model": tooled.model, "input": "hello", "max_output_tokens": 300, "tool_choice": "required",
+        "model": tooled.model, "input": "hello", "max_output_tokens": 400, "tool_choice": "required",
+        "temperature": 0.0, "parallel_tool_calls": False,
         "tools": [{"type": "function", "name": "weather", "parameters": WEATHER}, {"type": "web_search"}],
     }  # fmt: skip
     events = list(client.responses.create(stream=True, **asked))
