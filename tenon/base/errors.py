@@ -48,13 +48,14 @@ class RequestError(TenonError):
 
 
 class ContextTooLong(RequestError):
-    """Prompt plus requested output exceed the model's context; keeps the phrase clients match on."""
+    """Prompt plus requested output exceed the model's context; keeps the phrase clients match on. ``at_least``: the
+    prompt was not counted to its end."""
 
-    def __init__(self, n_prompt: int, n_output: int, limit: int) -> None:
+    def __init__(self, n_prompt: int, n_output: int, limit: int, *, at_least: bool = False) -> None:
         super().__init__(
             f"This model's maximum context length is {limit} tokens. However, you requested "
-            f"{n_prompt + n_output} tokens ({n_prompt} in the prompt, {n_output} in the completion). "
-            f"Please shorten the prompt or lower max_tokens.",
+            f"{'at least ' if at_least else ''}{n_prompt + n_output} tokens ({n_prompt} in the prompt, {n_output} in "
+            f"the completion). Please shorten the prompt or lower max_tokens.",
             param="messages",
             code="context_length_exceeded",
         )

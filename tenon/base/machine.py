@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -98,23 +100,77 @@ def _version(package: str) -> str | None:
         return None
 
 
+@dataclass(frozen=True)
+class MemoryBound:
+    """What bounds this process's memory. ``used`` is by all that share the bound, less what the kernel can drop."""
+
+    limit: int
+    used: int
+
+
+def memory_bounds(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[MemoryBound]:
+    """The machine's memory, and the limits of every control group (version 1 or 2) that this process is in, in bytes.
+
+    What cannot be read is left out. A container's own group is the root of ``cgroups``, whatever ``proc`` calls it.
+    """
+    found: list[MemoryBound] = []
+    try:
+        told = _numbers(proc / "meminfo")
+        found.append(MemoryBound(told["MemTotal:"] * 1024, (told["MemTotal:"] - told["MemAvailable:"]) * 1024))
+    except (OSError, KeyError):
+        with contextlib.suppress(OSError, ValueError):
+            n_pages, n_free = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_AVPHYS_PAGES")
+            found.append(MemoryBound(*(n * os.sysconf("SC_PAGE_SIZE") for n in (n_pages, n_pages - n_free))))
+    most = found[0].limit if found else 2**60
+    for folder, version in _groups(proc, cgroups):
+        with contextlib.suppress(OSError, ValueError):
+            bound = _group_bound(folder, version)
+            if bound.limit < most:
+                found.append(bound)
+    return found
+
+
+def _groups(proc: Path, cgroups: Path) -> list[tuple[Path, int]]:
+    """Folders of this process's memory control groups, its own first, with their version."""
+    found: list[tuple[Path, int]] = []
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            root, version = cgroups, 2
+        elif "memory" in controllers.split(","):
+            root, version = cgroups / "memory", 1
+        else:
+            continue
+        own = root / path.strip("/")
+        found += [(folder, version) for folder in (own, *own.parents) if folder == root or root in folder.parents]
+    return found
+
+
+def _group_bound(folder: Path, version: int) -> MemoryBound:
+    """Raises ``OSError`` where the group has no memory controller, ``ValueError`` where it has no limit ("max")."""
+    limit, used, cache = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }[version]
+    most, in_use = int((folder / limit).read_text()), int((folder / used).read_text())
+    droppable = _numbers(folder / "memory.stat").get(cache, 0)
+    return MemoryBound(most, max(0, in_use - droppable))
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Lines of a name, a number and perhaps a unit."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
+
+
 def free_memory() -> int:
     """Bytes that this machine, or the container's limit, has left. Raises ``ResourceError`` if it cannot tell."""
-    free: list[int] = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-    except OSError:
-        free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue
+    free = [bound.limit - bound.used for bound in memory_bounds()]
     if not free or min(free) <= 0:
         raise ResourceError("the free memory of this machine cannot be determined; set kv_bytes")
     return min(free)

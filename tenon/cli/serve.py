@@ -14,6 +14,7 @@ from tenon.engine.messages import Ready
 from tenon.engine.policies.chunk import CHUNKS
 from tenon.engine.policies.table import POLICIES
 from tenon.server.limits import Limits
+from tenon.server.logs import FORMATS, LEVELS, LogConsole
 from tenon.server.run import ServeConfig, serve
 
 
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument(
         "--store", type=Path, metavar="DIR", help="files and batches of clients (default: in the state folder)"
     )
+    http.add_argument("--log-format", default=server.log_format, choices=FORMATS, help="(default: %(default)s)")
+    http.add_argument("--log-level", choices=LEVELS, help="(default: warning; with JSON info, a line per request)")
+    http.add_argument("--traces", metavar="URL", help="an OpenTelemetry collector, as http://127.0.0.1:4318/v1/traces")
     http.add_argument("--record", type=Path, metavar="DIR", help="also write events to DIR/<run>/events.jsonl")
     add_engine_arguments(parser)
 
@@ -92,6 +96,9 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
         served_name=args.served_name,
         drain_s=args.drain_s,
         record_folder=args.record,
+        log_format=args.log_format,
+        log_level=args.log_level,
+        traces=args.traces,
         store=args.store,
         limits=Limits(replays=args.replays, max_wait_s=args.max_wait_s),
     )
@@ -124,8 +131,9 @@ def engine_from(args: argparse.Namespace) -> EngineConfig:
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     keyed = config.keys is not None
-    screen = Screen(Console(stderr=True), warn_remote=config.allow_remote and not keyed, keyed=keyed)
-    return serve(config, screen)
+    if config.log_format == "json":
+        return serve(config, LogConsole())
+    return serve(config, Screen(Console(stderr=True), warn_remote=config.allow_remote and not keyed, keyed=keyed))
 
 
 class Screen:

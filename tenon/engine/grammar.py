@@ -117,6 +117,12 @@ class Compiler:
                     self.kept_bytes -= len(dropped)
             return found
 
+    def forget(self) -> None:
+        """Keep nothing of what was compiled: memory is short."""
+        with self._keeping:
+            self._kept.clear()
+            self.kept_bytes = 0
+
     def _look(self, structure: Structure, owner: str) -> tuple[str, str] | None:
         """Whether it has been compiled; whoever asks does not wait for another's compiling."""
         with self._keeping:

@@ -172,13 +172,15 @@ class Delta(msgspec.Struct, frozen=True):
 class PromptScores(msgspec.Struct, frozen=True, tag="prompt_scores"):
     """Log-probabilities of a prompt's tokens from position ``start`` on; batches come in order, before any output.
 
-    ``top``: of each of those positions, the best (id, log-probability), best first.
+    ``top``: of each of those positions, the best (id, log-probability), best first. ``ranks``: 1 + the number of tokens
+    likelier than the prompt's own.
     """
 
     request_id: str
     start: int
     logprobs: tuple[float, ...]
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    ranks: tuple[int, ...] = ()
 
 
 class Embedded(msgspec.Struct, frozen=True, tag="embedded"):

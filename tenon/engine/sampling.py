@@ -156,4 +156,6 @@ def look_up(step: Step, result: StepResult, r: int, logits_V: NDArray[np.floatin
         result.top_logprobs[r, :n_logprobs] = logp_V[best]
     if step.want[r] & SCORE:
         where = slice(int(step.score_start[r]), int(step.score_start[r + 1]))
-        result.scores[where] = logp_V[step.score_token[where]]
+        scores = logp_V[step.score_token[where]]
+        result.scores[where] = scores
+        result.ranks[where] = [1 + np.count_nonzero(logp_V > score) for score in scores]

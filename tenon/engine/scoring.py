@@ -68,7 +68,8 @@ def told(spans: Sequence[Span], result: StepResult) -> list[PromptScores]:
         best = zip(result.top_ids[rows, :k].tolist(), result.top_logprobs[rows, :k].tolist(), strict=True)
         top = tuple(tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in best)
         name = seq.request.add.request_id
-        found.append(PromptScores(name, scored.start + 1, tuple(result.scores[here].tolist()), top))
+        logprobs, ranks = tuple(result.scores[here].tolist()), tuple(result.ranks[here].tolist())
+        found.append(PromptScores(name, scored.start + 1, logprobs, top, ranks))
     return found
 
 

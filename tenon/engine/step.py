@@ -206,6 +206,8 @@ class StepResult:
     top_logprobs: F32
     scores: F32
     """Log-probabilities of ``score_token``."""
+    ranks: I32
+    """Of ``score_token``: 1 where no token is likelier; 0 where not known."""
     hidden: F32
     """(number of HIDDEN outputs, M)."""
     transfers_done: I64
@@ -223,6 +225,7 @@ class StepResult:
             top_ids=np.full((R, k), -1, np.int32),
             top_logprobs=np.full((R, k), np.nan, np.float32),
             scores=np.full(len(step.score_token), np.nan, np.float32),
+            ranks=np.zeros(len(step.score_token), np.int32),
             hidden=np.full((n_hidden, width), np.nan, np.float32),
             transfers_done=np.zeros(0, np.int64),
             start_s=0.0,

@@ -40,7 +40,6 @@ from tenon.base.errors import ConfigError, ResourceError, TenonError
 from tenon.server.app import Doorman
 from tenon.server.failures import Refusal, body_of, status_of
 from tenon.server.flights import Flight
-from tenon.server.keys import Caller
 from tenon.server.limits import Limits, error_body, guarded_protocol
 from tenon.server.metrics import CONTENT_TYPE
 from tenon.server.service import Service
@@ -193,7 +192,7 @@ class Admin:
 
     def _app(self) -> Starlette:
         get, post = ["GET"], ["POST"]
-        anybody = Caller(None, self._clock)
+        doorman = Middleware(Doorman, loopback_only=not self._door.is_unix, keys=None, clock=self._clock)
         return Starlette(
             routes=[
                 Route("/livez", self.livez, methods=get),
@@ -205,7 +204,7 @@ class Admin:
                 Route("/restart-engine", self.restart_engine, methods=post),
                 Route("/forget-cache", self.forget_cache, methods=post),
             ],
-            middleware=[Middleware(Doorman, loopback_only=not self._door.is_unix, anybody=anybody, keys=None)],
+            middleware=[doorman],
             exception_handlers={HTTPException: _failed, TenonError: _failed, Exception: _failed},
         )
 

@@ -20,16 +20,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tenon.base.clock import Clock
 from tenon.base.errors import TenonError
 from tenon.engine.params import SamplingParams
 from tenon.server import anthropic, embeddings, responses_api, tokens
+from tenon.server.admission import BodyRefused
 from tenon.server.batches import Batches
-from tenon.server.completions import Answer, Completions, Origin, draw_seed
+from tenon.server.completions import Answer, Completions, draw_seed
 from tenon.server.events import EXTRAS
 from tenon.server.failures import Refusal, body_of, headers_of, status_of
-from tenon.server.flights import Job
+from tenon.server.flights import Job, Origin, Trace
 from tenon.server.keys import Caller, KeyRing
-from tenon.server.limits import BodyTooLarge, Limits, error_body, read_body
+from tenon.server.limits import BodyTooLarge, Limits, error_body
+from tenon.server.logs import log_answer
 from tenon.server.metrics import CONTENT_TYPE
 from tenon.server.protocol import parse_chat, parse_completion
 from tenon.server.responses import ChatFace, Head
@@ -187,10 +190,12 @@ class Routes:
         """Counts the request against its caller's quota. Raises ``Refusal``."""
         caller = _caller(request)
         caller.take_request()
-        return Origin(_request_id(request), self._service.clock.now_s(), caller)
+        parent = {name: request.headers[name] for name in ("traceparent", "tracestate") if name in request.headers}
+        trace = Trace(request.scope["path"], parent)
+        return Origin(_request_id(request), self._service.clock.now_s(), caller, trace)
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request.receive, request.headers.get("content-length"), self._limits.body_bytes)
+        return await self._service.admission.read(request)
 
     async def _answer(self, request: Request, streamed: bool | None, accepting: Awaitable[Told]) -> Response:
         """The answer in the form asked for."""
@@ -298,7 +303,7 @@ class Routes:
             content = error_body("the server failed on this request", kind="server_error", code="internal_error")
             status, headers = 500, {}
         self._service.metrics.refused.add(1, str(status))
-        if isinstance(error, BodyTooLarge):
+        if isinstance(error, BodyTooLarge | BodyRefused):
             return _Lingering(content, status_code=status, headers=headers | {"connection": "close"})
         return Json(content, status_code=status, headers=headers)
 
@@ -326,10 +331,10 @@ class Doorman:
     the server's own, and, bound to loopback, ``Host`` must name loopback (against DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, *, loopback_only: bool, anybody: Caller, keys: KeyRing | None) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, *, loopback_only: bool, keys: KeyRing | None, clock: Clock) -> None:
+        self._app, self._clock = app, clock
         self._loopback_only = loopback_only
-        self._anybody, self._keys = anybody, keys
+        self._anybody, self._keys = Caller(None, clock), keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -339,13 +344,23 @@ class Doorman:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
         scope["request_id"] = request_id
+        scope["caller"] = self._anybody
+        status, began_s = 0, self._clock.now_s()
 
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        scope["caller"] = self._anybody
+        try:
+            await self._answer(scope, headers, receive, send_with_id)
+        finally:
+            key, duration_s = scope["caller"].key, self._clock.now_s() - began_s
+            log_answer(scope["method"], scope["path"], status, duration_s, request_id, key.name if key else None)
+
+    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         refusal = self._refusal(headers)
         if refusal is None and self._keys is not None and scope["path"] not in OPEN_PATHS:
             try:
@@ -353,11 +368,11 @@ class Doorman:
             except Refusal as error:
                 refusal = error
         if refusal is None:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send)
             return
         status = status_of(refusal)
         answer = Json(_told(scope["path"], refusal), status_code=status, headers=_CHALLENGE if status == 401 else {})
-        await answer(scope, receive, send_with_id)
+        await answer(scope, receive, send)
 
     def _refusal(self, headers: Headers) -> Refusal | None:
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -413,20 +428,20 @@ def build_app(
     routes = Routes(service, completions)
     get, post = ["GET"], ["POST"]
     handlers = {HTTPException: routes.failed, TenonError: routes.failed, Exception: routes.failed}
-    generating = [
+    batched = [
         Route("/v1/completions", routes.completions, methods=post),
         Route("/v1/chat/completions", routes.chat, methods=post),
         Route(responses_api.PATH, routes.responses, methods=post),
+        Route("/v1/embeddings", routes.embed, methods=post),
     ]
     if batches is not None:
-        batches.attach(Starlette(routes=generating, exception_handlers=handlers))
+        batches.attach(Starlette(routes=batched, exception_handlers=handlers))
     return Starlette(
         routes=[
             Route("/v1/models", routes.models, methods=get),
             Route("/v1/models/{name:path}", routes.model, methods=get),
-            *generating,
-            Route("/v1/embeddings", routes.embed, methods=post),
-            *StorageRoutes(batches, service.limits, no_store).routes(),
+            *batched,
+            *StorageRoutes(batches, service.admission, no_store).routes(),
             Route(anthropic.PATH, routes.messages, methods=post),
             Route(anthropic.COUNT_PATH, routes.count_tokens, methods=post),
             Route("/tokenize", routes.tokenize, methods=post),
@@ -439,6 +454,6 @@ def build_app(
             Route("/events", routes.events, methods=get),
             *(Route(path, routes.page, methods=get) for path in PAGE_FILES),
         ],
-        middleware=[Middleware(Doorman, loopback_only=loopback_only, anybody=Caller(None, service.clock), keys=keys)],
+        middleware=[Middleware(Doorman, loopback_only=loopback_only, keys=keys, clock=service.clock)],
         exception_handlers=handlers,
     )

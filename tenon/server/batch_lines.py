@@ -18,7 +18,7 @@ import msgspec
 
 from tenon.base.errors import ConfigError, RequestError, ResourceError
 
-URLS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+URLS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 FIELDS: Final = ("custom_id", "method", "url", "body")
 MAX_ID_CHARS: Final = 512
 _SHOWN_CHARS: Final = 60
@@ -53,10 +53,11 @@ class _Wish(msgspec.Struct, frozen=True):
     n: Any = None
     best_of: Any = None
     prompt: Any = None
+    input: Any = None
 
-    @property
-    def n_sequences(self) -> int:
-        prompts = self.prompt if isinstance(self.prompt, list) else []
+    def n_sequences(self, url: str) -> int:
+        given = {"/v1/completions": self.prompt, "/v1/embeddings": self.input}.get(url)
+        prompts = given if isinstance(given, list) else []
         n_prompts = len(prompts) if prompts and not isinstance(prompts[0], int) else 1
         return n_prompts * max([1, *(it for it in (self.n, self.best_of) if isinstance(it, int))])
 
@@ -93,7 +94,7 @@ def parse_line(number: int, text: bytes, endpoint: str | None = None) -> Line:
     if wish.stream not in (None, False):
         raise BadLine(number, f"body.stream must be false in a batch, got {wish.stream!r}", param="body.stream")
     model = wish.model if isinstance(wish.model, str) else None
-    return Line(number, custom_id, url, body, model, wish.n_sequences)
+    return Line(number, custom_id, url, body, model, wish.n_sequences(url))
 
 
 def _shown(text: bytes) -> str:

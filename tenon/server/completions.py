@@ -22,7 +22,7 @@ from tenon.engine.params import SamplingParams
 from tenon.engine.structure import Structure
 from tenon.models.tokenizer import CALL_MARKS, is_thinking
 from tenon.server.failures import Refusal, body_of
-from tenon.server.flights import Job
+from tenon.server.flights import Job, Origin
 from tenon.server.keys import Caller
 from tenon.server.model_text import ModelText
 from tenon.server.protocol import ChatRequest, CompletionRequest, StreamOptions, check_work, sampling_params
@@ -66,6 +66,8 @@ class Answer:
     best: int = 0
     """Of each prompt's outputs, how many are told, the likeliest; 0: all."""
     echoes_only: bool = False
+    prompt_logprobs: bool = False
+    """Whether those of ``echoes`` are told by themselves."""
 
     def usage(self) -> Usage:
         n_output = 0 if self.echoes_only else sum(output.n_tokens for output in self.outputs)
@@ -90,7 +92,10 @@ class Answer:
         for prompt in range(len(self.echoes)):
             self._score(prompt)
         choices = [self.face.choice(i, each) for i, each in enumerate(self._chosen(collected))]
-        return self.face.wrap(choices, chunk=False) | {"usage": self.usage().to_json()}
+        answer = self.face.wrap(choices, chunk=False) | {"usage": self.usage().to_json()}
+        if self.prompt_logprobs:
+            self.face.add_prompts(answer, self.echoes)
+        return answer
 
     def _chosen(self, collected: list[Collected]) -> list[Collected]:
         if not self.best:
@@ -151,15 +156,6 @@ class Said:
     variables: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a request comes from: a name that no other has, when it came, whose it is."""
-
-    request_id: str
-    arrival_s: float
-    caller: Caller
-
-
 class Completions:
     """Whatever generates, over one model."""
 
@@ -169,30 +165,33 @@ class Completions:
 
     async def complete(self, request: CompletionRequest, origin: Origin) -> Answer:
         """``/v1/completions`` up to the engine's acceptance. Raises ``RequestError``."""
+        try:
+            return await self._complete(request, origin)
+        except ContextTooLong as error:
+            error.param = "prompt"  # it names chat's field otherwise
+            raise
+
+    async def _complete(self, request: CompletionRequest, origin: Origin) -> Answer:
         text = self.require_model(request.model)
-        params = self._params(request, text)
-        prompts = [await ids_of(text, p, special=True) if isinstance(p, str) else p for p in request.prompts]
+        params, most = self._params(request, text), self._service.require_ready().max_model_len
+        prompts = [await ids_of(text, p, special=True, most=most) if isinstance(p, str) else p for p in request.prompts]
         shown = [p if isinstance(p, str) else text.decode(p) for p in request.prompts] if request.echo else []
         echo = [Echo(said, ids) for said, ids in zip(shown, prompts, strict=bool(shown))]
         max_tokens = params.max_tokens or text.generation.max_new_tokens or COMPLETION_MAX_TOKENS
         bad_words = text.spellings(params.bad_words)
-        try:
-            adds = [
-                self._add(prompt, params, max_tokens, text, bad_words, i, origin) for i, prompt in enumerate(prompts)
-            ]
-        except ContextTooLong as error:
-            error.param = "prompt"  # it names chat's field otherwise
-            raise
+        adds = [self._add(prompt, params, max_tokens, text, bad_words, i, origin) for i, prompt in enumerate(prompts)]
         if request.seed is None:
             adds = [add if i == 0 else msgspec.structs.replace(add, seed=draw_seed()) for i, add in enumerate(adds)]
         face = CompletionFace(
             self.head("cmpl", origin), text, logprobs=request.logprobs is not None,
             n=(request.n or 1) if request.best_of else params.n, echo=echo,
         )  # fmt: skip
-        answer = await self._submit(adds, params, text, face, request.stream_options, origin.caller)
+        answer = await self._submit(adds, params, text, face, request.stream_options, origin)
+        is_scored = params.prompt_logprobs is not None
         return replace(
             answer,
-            echoes=echo if params.prompt_logprobs is not None else (),
+            echoes=echo or [Echo("", ids) for ids in prompts] if is_scored else (),
+            prompt_logprobs=request.prompt_logprobs is not None,
             decoder=partial(text.detokenizer, ()),
             best=(request.n or 1) if request.best_of else 0,
             echoes_only=request.echoes_only,
@@ -236,12 +235,16 @@ class Completions:
                 )
             params = params if form is None else params.with_(structure=form)
         rendered = await text.render(said.messages, tools=tools, variables=said.variables)
-        prompt = await ids_of(text, rendered, special=False)
-        room = self._service.require_ready().max_model_len - len(prompt)
+        most = self._service.require_ready().max_model_len
+        prompt = await ids_of(text, rendered, special=False, most=most)
+        room = most - len(prompt)
         max_tokens = params.max_tokens or max(1, min(text.generation.max_new_tokens or room, room))
         bad_words = text.spellings(params.bad_words)
         add = self._add(prompt, params, max_tokens, text, bad_words, 0, origin)
-        return await self._submit([add], params, text, face, options, origin.caller, said)
+        answer = await self._submit([add], params, text, face, options, origin, said)
+        if params.prompt_logprobs is None:
+            return answer
+        return replace(answer, echoes=[Echo("", prompt)], prompt_logprobs=True, decoder=partial(text.detokenizer, ()))
 
     def tokenizer(self, model: str | None) -> ModelText:
         """For those who only count. Raises ``Refusal``: another model, or not loaded yet."""
@@ -299,14 +302,14 @@ class Completions:
         text: ModelText,
         face: Face,
         options: StreamOptions | None,
-        caller: Caller,
+        origin: Origin,
         said: Said | None = None,
     ) -> Answer:
         n_scored = sum(len(add.prompt) for add in adds if add.prompt_logprobs >= 0)
         check_work(len(adds), params, max(add.max_tokens for add in adds), n_scored, self._service.limits)
         if params.structure is not None:
-            adds = await self._with_grammar(adds, params.structure, text, caller)
-        job = self._service.submit(adds, caller)
+            adds = await self._with_grammar(adds, params.structure, text, origin.caller)
+        job = self._service.submit(adds, origin.caller, origin.trace)
         try:
             await job.accepted()
         except asyncio.CancelledError:

@@ -13,8 +13,7 @@ import msgspec
 from tenon.base.errors import ContextTooLong, RequestError
 from tenon.engine.embed import wanted
 from tenon.engine.messages import Add
-from tenon.server.completions import Origin
-from tenon.server.flights import Job
+from tenon.server.flights import Job, Origin
 from tenon.server.limits import Limits
 from tenon.server.model_text import ModelText
 from tenon.server.protocol import check_prompts, convert, json_object, prompts_of
@@ -82,8 +81,13 @@ async def embed(service: Service, text: ModelText, request: EmbeddingRequest, or
     prompts = prompts_of(request.input, "input")
     adds = []
     for i, given in enumerate(prompts):
-        ids = await ids_of(text, given, special=True) if isinstance(given, str) else given
-        _check(ids, i, ready.vocab_size, ready.max_model_len)
+        try:
+            most = ready.max_model_len
+            ids = await ids_of(text, given, special=True, most=most) if isinstance(given, str) else given
+            _check(ids, i, ready.vocab_size, most)
+        except ContextTooLong as error:
+            error.param = "input"  # it names chat's field otherwise
+            raise
         adds.append(
             Add(
                 f"{origin.request_id}/{i}", tuple(ids), 0, 0, tenant=origin.caller.tenant, arrival_s=origin.arrival_s,
@@ -91,7 +95,8 @@ async def embed(service: Service, text: ModelText, request: EmbeddingRequest, or
             )
         )  # fmt: skip
     _check_work(adds, service.limits)
-    return Embeddings(service.submit(adds, origin.caller), service.model, request.encoding_format == "base64")
+    job = service.submit(adds, origin.caller, origin.trace)
+    return Embeddings(job, service.model, request.encoding_format == "base64")
 
 
 def _check(ids: list[int], i: int, vocab_size: int, max_model_len: int) -> None:
@@ -105,9 +110,7 @@ def _check(ids: list[int], i: int, vocab_size: int, max_model_len: int) -> None:
         said = f"input {i}: token id {bad} is outside the vocabulary of {vocab_size}"
         raise RequestError(said, param="input", code="invalid_value")
     if len(ids) > max_model_len:
-        error = ContextTooLong(len(ids), 0, max_model_len)
-        error.param = "input"
-        raise error
+        raise ContextTooLong(len(ids), 0, max_model_len)
 
 
 def _check_work(adds: list[Add], limits: Limits) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 
@@ -24,6 +24,27 @@ class Ending(Protocol):
     def close_sequence(self, flight: Flight, index: int, reason: str) -> None: ...
 
     def give_up(self, flight: Flight, reason: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a trace of a request is told: the route, and the client's headers that name the span above it."""
+
+    path: str = ""
+    parent: dict[str, str] = field(default_factory=dict)
+
+
+NO_TRACE: Final = Trace()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a request comes from: a name that no other has, when it came, whose it is."""
+
+    request_id: str
+    arrival_s: float
+    caller: Caller
+    trace: Trace = NO_TRACE
 
 
 @dataclass(eq=False)
@@ -56,6 +77,7 @@ class Flight:
     """What came of an ``Add`` that embeds."""
     cache: dict[str, Any] | None = None
     """What the cache had for its prompt; None until the engine takes it up."""
+    trace: Trace = NO_TRACE
 
 
 class Job:
@@ -156,3 +178,16 @@ def again(flight: Flight) -> list[m.Add]:
         )
         for index in sorted(flight.open)
     ]
+
+
+def outcome_of(reasons: set[str]) -> str:
+    """One word for several sequences: "length" if any was cut."""
+    return "length" if "length" in reasons else "stop"
+
+
+def cache_json(misses: m.Misses) -> dict[str, Any]:
+    """The ``cache`` of an event: a run's fields that are not known are left out."""
+    runs = [{name: it for name, it in msgspec.structs.asdict(run).items() if it is not None} for run in misses.runs]
+    return {
+        "cached_tokens": misses.cached_tokens, "holes": misses.holes, "n_misses": misses.n_runs, "misses": runs,
+    }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
@@ -17,7 +18,7 @@ import msgspec
 from starlette.types import Message, Receive
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from tenon.base.errors import RequestError
+from tenon.base.errors import ConfigError, RequestError
 
 UPLOAD_PATH: Final = "/v1/files"
 
@@ -42,6 +43,12 @@ class Limits:
     max_wait_s: float = math.inf
     """Where the queue is so long that a new request would wait longer than so, it is refused with 429."""
     max_connections: int = 1024
+    all_bodies_bytes: int = 256 * 2**20
+    """Of bodies that are coming in at one time; beyond it only small ones are read."""
+    memory_shed: float = 0.85
+    """From this share of the memory in use on, less is taken (:mod:`tenon.server.admission`)."""
+    memory_reject: float = 0.95
+    """From this share on, nothing is."""
     queued_deltas: int = 4096
     """Tokens that may wait for a client that reads slowly; then its request is aborted."""
     queued_events: int = 512
@@ -61,6 +68,17 @@ class Limits:
     replays: int = 2
     """Engines that may die under a request before it is given up; 0: none."""
 
+    def __post_init__(self) -> None:
+        """Raises ``ConfigError`` naming the field."""
+        for name in ("memory_shed", "memory_reject"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}", subject=name)
+        if self.memory_shed >= self.memory_reject:
+            raise ConfigError(
+                f"memory_shed must be below memory_reject, got {self.memory_shed} and {self.memory_reject}",
+                subject="memory_shed",
+            )
+
 
 class BodyTooLarge(RequestError):
     """The request's body exceeds the limit (HTTP 413)."""
@@ -69,9 +87,11 @@ class BodyTooLarge(RequestError):
         super().__init__(f"the request body exceeds the limit of {limit} bytes", code="request_too_large")
 
 
-async def read_body(receive: Receive, content_length: str | None, limit: int) -> bytes:
+async def read_body(
+    receive: Receive, content_length: str | None, limit: int, grow: Callable[[int], None] = lambda n_bytes: None
+) -> bytes:
     """The whole body. Raises ``BodyTooLarge`` before reading where the announced length already tells, and
-    ``RequestError`` where the client leaves.
+    ``RequestError`` where the client leaves. ``grow`` hears of each piece before it is kept, and may raise.
     """
     if content_length is not None and content_length.isdecimal() and int(content_length) > limit:
         raise BodyTooLarge(limit)
@@ -80,9 +100,11 @@ async def read_body(receive: Receive, content_length: str | None, limit: int) ->
         message: Message = await receive()
         if message["type"] == "http.disconnect":
             raise RequestError("the client left while sending its request", code="client_closed")
-        body += message.get("body", b"")
-        if len(body) > limit:
+        piece = message.get("body", b"")
+        if len(body) + len(piece) > limit:
             raise BodyTooLarge(limit)
+        grow(len(piece))
+        body += piece
         if not message.get("more_body", False):
             return bytes(body)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class ModelText:
     generation: GenerationDefaults
     grammars: Compiler
     embedding: EmbeddingSpec
+    long_texts: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a very long text is tokenised."""
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Ids of a text; ``special`` adds what the model wants around a plain one. Raises ``RequestError``."""

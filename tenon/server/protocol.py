@@ -48,6 +48,7 @@ _MESSAGE_NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
 WISHES: Final = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "bad_words", "min_tokens", "n", "stop", "stop_token_ids", "ignore_eos",
+    "prompt_logprobs",
 )  # fmt: skip
 """Fields that ``SamplingParams`` takes as they are."""
 
@@ -85,6 +86,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -310,6 +312,9 @@ def sampling_params(
         name, max_tokens, logprobs = "max_tokens", request.max_tokens, request.logprobs
         if request.echoes_only:
             max_tokens = 1
+    if request.prompt_logprobs is not None and request.stream:
+        said = "prompt_logprobs cannot be streamed; leave stream out"
+        raise RequestError(said, param="prompt_logprobs", code="invalid_value")
     wishes: dict[str, Any] = dict(defaults)
     for field in WISHES:
         value = getattr(request, field)
@@ -319,6 +324,9 @@ def sampling_params(
         wishes["logit_bias"] = _biases(request.logit_bias)
     if isinstance(request, CompletionRequest):
         if request.echo and logprobs is not None:
+            if request.prompt_logprobs not in (None, logprobs):
+                said = f"prompt_logprobs must be logprobs beside echo, which is {logprobs}, or left out"
+                raise RequestError(said, param="prompt_logprobs", code="invalid_value")
             wishes["prompt_logprobs"] = logprobs
         if request.best_of is not None:
             wishes["n"] = request.best_of

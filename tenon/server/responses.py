@@ -109,6 +109,10 @@ class Face(Protocol):
 
     def wrap(self, choices: list[Json], *, chunk: bool) -> Json: ...
 
+    def add_prompts(self, answer: Json, echoes: Sequence[Echo]) -> None:
+        """Put the prompts' log-probabilities into the whole answer, as vLLM does."""
+        ...
+
 
 class ChatFace:
     """``chat.completion`` and its chunks."""
@@ -164,6 +168,9 @@ class ChatFace:
         kind = "chat.completion.chunk" if chunk else "chat.completion"
         return _wrap(self._head, kind, choices)
 
+    def add_prompts(self, answer: Json, echoes: Sequence[Echo]) -> None:
+        answer["prompt_logprobs"] = _prompt_json(echoes[0], self._texts)
+
     def _chunk(
         self, choice: int, delta: Json, *, logprobs: Sequence[TokenLogprob] = (), reason: str | None = None
     ) -> Json:
@@ -191,6 +198,23 @@ class ChatFace:
         }
 
 
+def _prompt_json(echo: Echo, texts: TokenTexts) -> list[Json | None]:
+    """For each token null, if it is the first, or by id: its own log-probability, then the best of its place."""
+
+    def entry(token: int, logprob: float | None, rank: int) -> Json:
+        return {"logprob": logprob, "rank": rank, "decoded_token": texts.token_text(token)}
+
+    found: list[Json | None] = []
+    for scored, rank in zip(echo.logprobs, (0, *echo.ranks), strict=True):
+        if scored.logprob is None:
+            found.append(None)
+            continue
+        best = {str(token): entry(token, logprob, i) for i, (token, logprob) in enumerate(scored.top, 1)}
+        own = str(scored.id)
+        found.append({own: entry(scored.id, scored.logprob, rank)} | {k: v for k, v in best.items() if k != own})
+    return found
+
+
 class CompletionFace:
     """``text_completion``, whole and in chunks. ``echo``: per prompt, what comes before its ``n`` outputs."""
 
@@ -215,6 +239,10 @@ class CompletionFace:
 
     def wrap(self, choices: list[Json], *, chunk: bool) -> Json:
         return _wrap(self._head, "text_completion", choices)
+
+    def add_prompts(self, answer: Json, echoes: Sequence[Echo]) -> None:
+        for choice in answer["choices"]:
+            choice["prompt_logprobs"] = _prompt_json(echoes[choice["index"] // self._n], self._texts)
 
     def _echoed(self, choice: int) -> Echo | None:
         return self._echo[choice // self._n] if self._echo else None

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import uvicorn
 
@@ -32,6 +32,7 @@ from tenon.engine import messages as m
 from tenon.engine.config import EngineConfig
 from tenon.models.hub import resolve
 from tenon.server.admin import Admin, Controls, Door
+from tenon.server.admission import MemoryWatch
 from tenon.server.app import build_app
 from tenon.server.batches import Batches
 from tenon.server.completions import Completions
@@ -41,10 +42,14 @@ from tenon.server.files import Store
 from tenon.server.keys import Caller, KeyRing, read_keys
 from tenon.server.limits import Limits, guarded_protocol
 from tenon.server.listener import Listener
+from tenon.server.logs import FORMATS, LEVELS, Log, log_request
 from tenon.server.model_text import load_model_text
 from tenon.server.service import Service, State
 from tenon.server.settings import Settings, changes, read_settings
 from tenon.server.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from tenon.server.tracing import Tracer
 
 LAST_WORDS_S: Final = 2.0
 """How long answers to broken or cut requests may take to leave."""
@@ -70,6 +75,11 @@ class ServeConfig:
     served_name: str | None = None
     drain_s: float = 30.0
     record_folder: Path | None = None
+    log_format: str = "text"
+    log_level: str | None = None
+    """``info``, ``warning`` or ``error``; by default warnings as text, all as JSON."""
+    traces: str | None = None
+    """URL of an OpenTelemetry collector that spans are sent to (:mod:`tenon.server.tracing`)."""
     store: Path | None = None
     """Where files and batches are kept; by default in the state folder, unless another server keeps its there."""
     keeps_files: bool = True
@@ -80,6 +90,12 @@ class ServeConfig:
             raise ConfigError(f"port must be from 0 (any free one) to 65535, got {self.port}", subject="port")
         if self.drain_s < 0:
             raise ConfigError(f"drain_s must be at least 0, got {self.drain_s}", subject="drain_s")
+        for name, value, known in (("log_format", self.log_format, FORMATS), ("log_level", self.log_level, LEVELS)):
+            if value not in known and value is not None:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}", subject=name)
+        if self.traces is not None and not self.traces.startswith(("http://", "https://")):
+            said = f"traces must be a URL like http://127.0.0.1:4318/v1/traces, got {self.traces!r}"
+            raise ConfigError(said, subject="traces")
         if self.limits.replays < 0:
             raise ConfigError(f"replays must be at least 0, got {self.limits.replays}", subject="replays")
         if not self.limits.max_wait_s > 0:
@@ -165,6 +181,10 @@ class Server:
             folder = config.record_folder / f"serve-{int(SYSTEM.wall_s())}-{os.getpid()}"
         self._events = EventHub(SYSTEM, bound=limits.queued_events, record_folder=folder)
         self._service = Service(model=config.model_name, limits=limits, clock=SYSTEM, events=self._events)
+        self._service.on_end.append(log_request)
+        self._tracer = _tracer(config.traces, config.model_name) if config.traces is not None else None
+        if self._tracer is not None:
+            self._service.on_end.append(self._tracer)
         self._completions = Completions(self._service)
         self._supervisor: Supervisor | None = None
         self._stop = asyncio.Event()
@@ -200,12 +220,14 @@ class Server:
         loading = asyncio.create_task(self._load(_url(self._config.host, sock)))
         if self._batches is not None:
             self._batches.start()
+        watching = asyncio.create_task(MemoryWatch(self._service.admission, self._drop).run())
         try:
             await self._stop.wait()
             if self._death is None:
                 await self._drain()
         finally:
             loading.cancel()
+            watching.cancel()
             if self._batches is not None:
                 await self._batches.close()
             self._service.close()
@@ -217,6 +239,8 @@ class Server:
                 self._completions.model_text.close()
             if admin is not None:
                 await admin.close()
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
         if self._death is None:
             return 0
         self._console.failed(*self._death)
@@ -257,6 +281,11 @@ class Server:
         if self._service.ready is not None and self._death is None:
             self._console.ready(url, self._config.model_name, self._service.ready)
 
+    def _drop(self) -> None:
+        """What is kept for later goes: memory is short."""
+        if self._completions.model_text is not None:
+            self._completions.model_text.grammars.forget()
+
     async def _drain(self) -> None:
         self._service.drain()
         drain_s = self._settings.drain_s
@@ -292,7 +321,7 @@ class Server:
         if self._keys is not None:
             changed["keys"] = self._keys.use(read_keys(self._keys.path))
         self._settings = settings
-        self._service.limits = self._protocol.limits = settings.limits
+        self._service.admission.limits = self._protocol.limits = settings.limits
         self._events.bound = settings.limits.queued_events
         _log.info("reloaded: %s", changed)
         return changed
@@ -362,6 +391,16 @@ def _batches(
         return None, str(error)
 
 
+def _tracer(endpoint: str, model: str) -> Tracer:
+    """Raises ``ConfigError`` where what it needs is not installed."""
+    try:
+        from tenon.server.tracing import Tracer
+    except ImportError as error:
+        said = f"traces needs OpenTelemetry: pip install 'tenon[otel]' ({error})"
+        raise ConfigError(said, subject="traces") from error
+    return Tracer(endpoint, model, SYSTEM)
+
+
 def _url(host: str, sock: socket.socket) -> str:
     port = sock.getsockname()[1]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -373,6 +412,15 @@ def serve(config: ServeConfig, console: Console) -> int:
     Raises ``ResourceError`` before anything is started where the port or the admin's socket cannot be had.
     """
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    log = Log(config.log_format, config.log_level)
+    log.start()
+    try:
+        return _serve(config, console)
+    finally:
+        log.close()
+
+
+def _serve(config: ServeConfig, console: Console) -> int:
     door = Door(config.admin) if config.admin is not None else None
 
     async def main() -> int:

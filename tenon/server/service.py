@@ -12,17 +12,18 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from tenon.base.clock import Clock
 from tenon.base.errors import IntegrityError, TenonError
 from tenon.engine import messages as m
-from tenon.server.backlog import Backlog, retry_after_s
+from tenon.server.admission import Admission
+from tenon.server.backlog import retry_after_s
 from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
-from tenon.server.flights import Flight, Job, again
+from tenon.server.flights import NO_TRACE, Flight, Job, Trace, again, cache_json, outcome_of
 from tenon.server.keys import Caller
 from tenon.server.limits import Limits
 from tenon.server.metrics import Reading, ServerMetrics, engine_readings, render
@@ -48,11 +49,10 @@ class Service:
 
     def __init__(self, *, model: str, limits: Limits, clock: Clock, events: EventHub) -> None:
         self.model = model
-        self.limits = limits
+        self.admission = Admission(limits)
         self.clock = clock
         self.events = events
         self.metrics = ServerMetrics()
-        self.backlog = Backlog()
         self.created = int(clock.wall_s())
         self.state = State.LOADING
         self.reason = "starting"
@@ -78,11 +78,18 @@ class Service:
         self._stats_timer: asyncio.TimerHandle | None = None
         self._announce()
         events.on_extras = self._tell_extras
+        self.on_end: list[Callable[[Flight, str, float], None]] = []
+        """Called with each request that has ended, how, and when."""
 
     def attach(self, send: Callable[[m.ToEngine], None]) -> None:
         """From now on there is an engine that can be told something."""
         self._send = send
         self._tell_extras()
+
+    @property
+    def limits(self) -> Limits:
+        """As they are now: a reload changes them."""
+        return self.admission.limits
 
     # What the engine says.
 
@@ -113,7 +120,7 @@ class Service:
             case m.Misses():
                 flight = self._served.get(message.request_id)
                 if flight is not None and flight.cache is None:
-                    flight.cache = _cache_json(message)
+                    flight.cache = cache_json(message)
             case m.PromptScores():
                 if flight := self._served.get(message.request_id):
                     flight.scores.append(message)
@@ -236,20 +243,11 @@ class Service:
 
     # What requests ask for.
 
-    def submit(self, adds: Sequence[m.Add], caller: Caller) -> Job:
-        """Hand these prompts to the engine. Raises ``Refusal``: 503 when not ready, 429 when too much is in flight,
-        the queue is too long or the caller's tokens are used up."""
+    def submit(self, adds: Sequence[m.Add], caller: Caller, trace: Trace = NO_TRACE) -> Job:
+        """Hand these prompts to the engine. Raises ``Refusal``: 503 when not ready or short of memory, 429 when too
+        much is in flight, the queue is too long or the caller's tokens are used up."""
         self.require_ready()
-        n_new = sum(add.n for add in adds)
-        n_open = sum(len(flight.open) for flight in self._flights.values())
-        wait_s, said = self._wait_s(), ""
-        if n_open + n_new > self.limits.max_in_flight:
-            said = f"{n_open} sequences are in flight and the limit is {self.limits.max_in_flight}"
-        elif wait_s > self.limits.max_wait_s:
-            said = f"a request would wait {wait_s:.1f} s for its turn and the limit is {self.limits.max_wait_s:g} s"
-        if said:
-            after_s = retry_after_s(wait_s)
-            raise Refusal(f"{said}; try again later", status=429, code="rate_limit_exceeded", retry_after_s=after_s)
+        self.admission.require_room(sum(add.n for add in adds), self._n_open, self._wait_s())
         caller.take_tokens(sum(len(add.prompt) + add.n * add.max_tokens for add in adds))
         job = Job(self, self.limits.queued_deltas)
         base = 0
@@ -257,7 +255,7 @@ class Service:
             self._progress_s = self.clock.now_s()
         for add in adds:
             names = dict.fromkeys(range(add.n), add.request_id)
-            flight = Flight(add, job, caller, base, set(range(add.n)), names)
+            flight = Flight(add, job, caller, base, set(range(add.n)), names, trace=trace)
             base += add.n
             job.flights.append(flight)
             self._flights[add.request_id] = self._served[add.request_id] = flight
@@ -296,7 +294,7 @@ class Service:
             return
         self._tell(m.Abort(flight.names[index], index))
         if not flight.open:
-            self._end(flight, _outcome(flight.reasons))
+            self._end(flight, outcome_of(flight.reasons))
 
     def give_up(self, flight: Flight, reason: str) -> None:
         """Abort what is left of a request; nothing if it has ended."""
@@ -318,10 +316,8 @@ class Service:
     def has_room(self, n_new: int, n_coming: int) -> bool:
         """Whether ``n_new`` sequences after ``n_coming`` would neither wait nor take what others may need soon; in any
         case where there are no others."""
-        n_before = n_coming + sum(len(flight.open) for flight in self._flights.values())
         n_waiting = self.stats.waiting if self.stats is not None and self._flights else 0
-        fits = n_before + n_new <= self.limits.max_in_flight // 2 or n_before == 0
-        return self.state is State.READY and n_waiting == 0 and fits
+        return self.state is State.READY and self.admission.has_room(n_new, n_coming + self._n_open, n_waiting)
 
     def unready_because(self) -> str | None:
         """Why ``/readyz`` answers 503, or ``None``."""
@@ -330,7 +326,7 @@ class Service:
         stalled_s = self.clock.now_s() - self._progress_s
         if self._flights and stalled_s > max(self.limits.stall_s, 3 * self._longest_step_s):
             return f"no progress for {stalled_s:.0f} s while {len(self._flights)} requests are in flight"
-        return None
+        return self.admission.memory_is_short_because()
 
     def drain(self) -> None:
         """Take no more requests; those in flight go on."""
@@ -358,6 +354,8 @@ class Service:
         families += [
             Reading("tenon_ready", "1 when requests are taken and progress is made.", ready),
             Reading("tenon_requests_running", "Requests started and not finished.", len(self._flights)),
+            Reading("tenon_memory_share", "Of the nearest bound of memory, in use.", self.admission.memory_share),
+            Reading("tenon_memory_pressure", "0: memory to spare; 1: nothing is taken.", self.admission.pressure),
         ]
         if self.stats is not None:
             families += engine_readings(self.stats)
@@ -370,10 +368,15 @@ class Service:
             raise IntegrityError(f"{type(message).__name__} was sent before there was an engine")
         self._send(message)
 
+    @property
+    def _n_open(self) -> int:
+        """Sequences in flight."""
+        return sum(len(flight.open) for flight in self._flights.values())
+
     def _wait_s(self) -> float:
         """How long a request that came now would wait for its turn."""
         n_waiting = sum(len(flight.open) for flight in self._flights.values() if flight.first_s is None)
-        return self.backlog.wait_s(n_waiting, self.clock.now_s())
+        return self.admission.backlog.wait_s(n_waiting, self.clock.now_s())
 
     def _accept(self, flight: Flight, message: m.Accepted) -> None:
         if flight.accepted:
@@ -401,7 +404,7 @@ class Service:
         self.metrics.output_tokens.add(len(delta.ids))
         if delta.ids and flight.first_s is None:
             flight.first_s = self.clock.now_s()
-            self.backlog.started(flight.add.n, flight.first_s)
+            self.admission.backlog.started(flight.add.n, flight.first_s)
             ttft_s = flight.first_s - flight.add.arrival_s
             self.metrics.ttft.observe(ttft_s)
             self.events.publish("first", request_id=flight.add.request_id, ttft_s=ttft_s, cache=flight.cache)
@@ -409,7 +412,7 @@ class Service:
             flight.open.discard(delta.index)
             flight.reasons.add(delta.finish_reason)
             if not flight.open:
-                self._end(flight, _outcome(flight.reasons))
+                self._end(flight, outcome_of(flight.reasons))
         if flight.open:
             self._cleared(flight)
         flight.job.put(flight, delta)
@@ -435,6 +438,8 @@ class Service:
             "finished", request_id=flight.add.request_id, reason=reason, n_output=flight.n_output, e2e_s=e2e_s,
             cache=flight.cache,
         )  # fmt: skip
+        for hear in self.on_end:
+            hear(flight, reason, now_s)
         flight.job.wake()
 
     def _take_stats(self, stats: m.Stats) -> None:
@@ -442,7 +447,7 @@ class Service:
             self.metrics.step.observe(stats.step_s)
             self._longest_step_s = max(self._longest_step_s, stats.step_s)
         self.stats = stats
-        self.backlog.queue(stats.waiting, self.clock.now_s())
+        self.admission.backlog.queue(stats.waiting, self.clock.now_s())
         wait_s = self._stats_published_s + STATS_EVERY_S - self.clock.now_s()
         if wait_s <= 0:
             self._publish_stats()
@@ -484,16 +489,3 @@ class Service:
 
 def _nobody(_: m.ToEngine) -> None:
     """Between two engines: the next one is told of what is left by then."""
-
-
-def _outcome(reasons: set[str]) -> str:
-    """One word for several sequences: "length" if any was cut."""
-    return "length" if "length" in reasons else "stop"
-
-
-def _cache_json(misses: m.Misses) -> dict[str, Any]:
-    """The ``cache`` of an event: a run's fields that are not known are left out."""
-    runs = [{name: it for name, it in msgspec.structs.asdict(run).items() if it is not None} for run in misses.runs]
-    return {
-        "cached_tokens": misses.cached_tokens, "holes": misses.holes, "n_misses": misses.n_runs, "misses": runs,
-    }  # fmt: skip

@@ -24,6 +24,7 @@ from tenon.server.limits import Limits
 
 _MOST_COUNT: Final = 2**40
 _LEAST_S: Final = 0.001
+_LEAST_SHARE: Final = 0.01
 _MOST_S: Final = 1e6
 
 
@@ -58,6 +59,9 @@ ADJUSTABLE: Final = {
     "queued_events": _Range(whole=True, least=1, most=_MOST_COUNT),
     "replays": _Range(whole=True, least=0, most=_MOST_COUNT),
     "body_bytes": _Range(whole=True, least=1, most=_MOST_COUNT),
+    "all_bodies_bytes": _Range(whole=True, least=1, most=_MOST_COUNT),
+    "memory_shed": _Range(whole=False, least=_LEAST_SHARE, most=1),
+    "memory_reject": _Range(whole=False, least=_LEAST_SHARE, most=1),
     "receipt_s": _Range(whole=False, least=_LEAST_S, most=_MOST_S),
 }
 """What the file may name: ``drain_s``, and fields of ``Limits``."""
@@ -83,7 +87,10 @@ def read_settings(path: Path, base: Settings, fixed: Collection[str] = ()) -> Se
         if not ADJUSTABLE[name].has(value):
             raise ConfigError(f"config file {path}: {name} must be {ADJUSTABLE[name]}, got {value!r}", subject=name)
     drain_s = raw.pop("drain_s", base.drain_s)
-    return Settings(replace(base.limits, **raw), drain_s)
+    try:
+        return Settings(replace(base.limits, **raw), drain_s)
+    except ConfigError as error:
+        raise ConfigError(f"config file {path}: {error}", subject=error.subject) from None
 
 
 def changes(old: Settings, new: Settings) -> dict[str, dict[str, float]]:

@@ -10,12 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from tenon.server.admission import Admission
 from tenon.server.batch_lines import URLS
 from tenon.server.batches import Batches
 from tenon.server.failures import Refusal
 from tenon.server.files import FileRecord, Shelf
 from tenon.server.keys import Caller
-from tenon.server.limits import UPLOAD_PATH, Limits, read_body
+from tenon.server.limits import UPLOAD_PATH
 from tenon.server.protocol import convert, json_object
 from tenon.server.uploads import receive_file
 
@@ -58,8 +59,8 @@ class Json(Response):
 class StorageRoutes:
     """The handlers. ``batches`` is None where nothing is stored, and ``why_not`` says why."""
 
-    def __init__(self, batches: Batches | None, limits: Limits, why_not: str) -> None:
-        self._batches, self._limits, self._why_not = batches, limits, why_not
+    def __init__(self, batches: Batches | None, admission: Admission, why_not: str) -> None:
+        self._batches, self._admission, self._why_not = batches, admission, why_not
 
     def routes(self) -> list[Route]:
         get, post = ["GET"], ["POST"]
@@ -86,6 +87,7 @@ class StorageRoutes:
 
     async def upload(self, request: Request) -> Response:
         _caller(request).take_request()
+        self._admission.require_spare_memory()
         return Json(await receive_file(request, self._shelf(request)))
 
     async def files(self, request: Request) -> Response:
@@ -117,8 +119,7 @@ class StorageRoutes:
     async def create_batch(self, request: Request) -> Response:
         caller, batches = _caller(request), self._store()
         caller.take_request()
-        length = request.headers.get("content-length")
-        asked = parse_batch(await read_body(request.receive, length, self._limits.body_bytes))
+        asked = parse_batch(await self._admission.read(request))
         made = await batches.create(
             caller, asked.input_file_id, asked.endpoint, asked.completion_window, asked.metadata
         )  # fmt: skip

@@ -22,6 +22,7 @@ from tenon.engine import messages as m
 from tenon.engine.config import EngineConfig
 from tenon.server.engine_link import EngineLink
 from tenon.server.failures import Refusal
+from tenon.server.logs import told
 from tenon.server.service import Service
 
 FIRST_WAIT_S: Final = 0.5
@@ -163,7 +164,7 @@ class Supervisor:
         since_s, self._serves_since_s = self._serves_since_s, None
         served_s = None if since_s is None else self._clock.now_s() - since_s
         wait_s = self._backoff.ended(served_s, was_idle=self._service.n_running == 0)
-        _log.error("%s%s", message, f"\n{trace}" if trace else "")
+        _log.error(message, extra=told(trace=trace) if trace else None)
         self._service.engine_lost(message, self._backoff.n_failures, blameless=self._asked)
         self._next = asyncio.create_task(self._start_after(wait_s))
 

@@ -135,6 +135,8 @@ class Echo:
     def __init__(self, text: str, ids: Sequence[int]) -> None:
         self.text, self._ids = text, ids
         self.logprobs: tuple[TokenLogprob, ...] = ()
+        self.ranks: tuple[int, ...] = ()
+        """Of the tokens from the second on, which is the first that can be scored."""
 
     def score(self, batches: Sequence[PromptScores], decoder: IncrementalDecoder) -> None:
         """``batches`` are all there are of the prompt, in order; ``decoder`` one at the start of a text."""
@@ -145,6 +147,7 @@ class Echo:
             found.append(_token_logprob(token, logprob, top, min(offset, 0)))
             offset += len(decoder.push([token]))
         self.logprobs = tuple(found)
+        self.ranks = tuple(rank for batch in batches for rank in batch.ranks)
 
 
 def _token_logprob(token: int, logprob: float | None, top: Sequence[tuple[int, float]], offset: int) -> TokenLogprob:

@@ -11,13 +11,19 @@ from typing import Any, Final
 
 import msgspec
 
-from tenon.base.errors import RequestError
+from tenon.base.errors import ContextTooLong, RequestError
 from tenon.server.limits import Limits
 from tenon.server.model_text import ModelText
 from tenon.server.protocol import Message, check_messages, convert, json_object
 
 INLINE_CHARS: Final = 4096
 """Texts up to this size are tokenised on the event loop; longer ones in a thread."""
+LONG_CHARS: Final = 2**20
+"""Larger ones take their turn: the tokenizer needs some hundred bytes a token."""
+PROBE_CHARS: Final = 8
+"""So many per token that the context has are looked at first: few texts have longer tokens on average."""
+PROBE_SLACK: Final = 16
+"""Tokens by which a beginning may have more than it has as part of the whole."""
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,11 +58,28 @@ def parse_detokenize(body: bytes) -> DetokenizeRequest:
     return convert(json_object(body), DetokenizeRequest)
 
 
-async def ids_of(text: ModelText, prompt: str, *, special: bool) -> list[int]:
-    """Tokens of a text. A long one does not hold the event loop up."""
+async def ids_of(text: ModelText, prompt: str, *, special: bool, most: int | None = None) -> list[int]:
+    """Tokens of a text. A long one does not hold the event loop up, and very long ones come one after another.
+
+    Raises ``ContextTooLong``, where a beginning of the text already has more than ``most`` tokens.
+    """
     if len(prompt) <= INLINE_CHARS:
         return text.encode(prompt, special=special)
-    return await asyncio.to_thread(text.encode, prompt, special=special)
+    if most is not None and (start := _start(prompt, most * PROBE_CHARS)):
+        n_least = len(await asyncio.to_thread(text.encode, start, special=False)) - PROBE_SLACK
+        if n_least > most:
+            raise ContextTooLong(n_least, 0, most, at_least=True)
+    if len(prompt) <= LONG_CHARS:
+        return await asyncio.to_thread(text.encode, prompt, special=special)
+    async with text.long_texts:
+        return await asyncio.to_thread(text.encode, prompt, special=special)
+
+
+def _start(prompt: str, n_chars: int) -> str:
+    """So much of a much longer text, up to a blank, for tokens do not reach over one into the next word; or nothing."""
+    if len(prompt) <= 2 * n_chars:
+        return ""
+    return prompt[: max(0, prompt.rfind(" ", 0, n_chars), prompt.rfind("\n", 0, n_chars))]
 
 
 async def tokenize(text: ModelText, request: TokenizeRequest, max_model_len: int | None) -> dict[str, Any]:

@@ -167,4 +167,6 @@ def test_scores_are_the_log_probabilities_of_the_given_tokens() -> None:
     made.score_start, made.score_token = np.array([0, 3, 3], np.int32), np.array([4, 4, 9], np.int32)
     result = sample_rows(made, logits)
     assert result.scores == pytest.approx(log_softmax(logits[0])[[4, 4, 9]], rel=1e-6)
+    order = np.argsort(-logits[0], kind="stable").tolist()
+    assert result.ranks.tolist() == [order.index(token) + 1 for token in (4, 4, 9)]
     assert result.ids.tolist() == [-1, int(np.argmax(logits[1]))]

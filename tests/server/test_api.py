@@ -303,3 +303,31 @@ def test_best_of_keeps_the_likeliest(server: Running) -> None:
         assert [choice["text"] for choice in best[at // 3 : at // 3 + 2]] == [choice["text"] for choice in ranked[:2]]
     assert [choice["index"] for choice in best] == [0, 1, 2, 3]
     assert best[0]["logprobs"] is None
+
+
+def test_prompt_logprobs_name_the_token_and_its_rank(server: Running) -> None:
+    messages = [{"role": "user", "content": "hello there, " * 10}]
+    chat: dict[str, Any] = {"messages": messages, "max_tokens": 1, "prompt_logprobs": 20, "seed": 1}
+    told = server.post("/v1/chat/completions", chat).json()["prompt_logprobs"]
+    ids = httpx.post(server.url + "/tokenize", json={"messages": messages}, timeout=PATIENCE_S).json()["tokens"]
+    assert told[0] is None
+    n_best = 0
+    for token, entry in zip(ids[1:], told[1:], strict=True):
+        own, *_ = entry.items()
+        assert own[0] == str(token)
+        assert len(entry) == (20 if own[1]["rank"] <= 20 else 21)
+        best = sorted(entry.values(), key=lambda each: each["rank"])
+        assert [each["rank"] for each in best][:20] == list(range(1, 21))
+        assert [each["logprob"] for each in best] == sorted((each["logprob"] for each in best), reverse=True)
+        n_best += own[1]["rank"] <= 20
+    assert 0 < n_best < len(ids) - 1
+    asked = {"prompt": [ids, ids[:3]], "max_tokens": 1, "n": 2, "seed": 1}
+    choices = server.complete(prompt_logprobs=20, **asked)["choices"]
+    assert [choice["prompt_logprobs"] for choice in choices] == [told, told, told[:3], told[:3]]
+    echoed = server.complete(echo=True, logprobs=20, prompt_logprobs=20, **asked)["choices"][0]
+    assert echoed["prompt_logprobs"] == told
+    own_logprobs = [next(iter(entry.values()))["logprob"] for entry in told[1:]]
+    assert echoed["logprobs"]["token_logprobs"][1 : len(ids)] == own_logprobs
+    for wrong in ({"stream": True}, {"echo": True, "logprobs": 3}):
+        refused = server.post("/v1/completions", {"prompt": "a", "prompt_logprobs": 2} | wrong)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt_logprobs")

@@ -66,6 +66,8 @@ def test_one_at_a_time_writes_a_journal(tmp_path: Path) -> None:
 def test_how_many_sequences_a_line_makes(fields: dict[str, Any], n: int) -> None:
     text = json.dumps({"custom_id": "a", "method": "POST", "url": URL, "body": fields})
     assert parse_line(1, text.encode()).n_sequences == n
+    text = text.replace(URL, "/v1/embeddings").replace('"prompt"', '"input"')
+    assert parse_line(1, text.encode()).n_sequences == n
 
 
 def test_a_file_has_so_many_lines_and_no_more_are_told_wrong_than_asked(tmp_path: Path) -> None:

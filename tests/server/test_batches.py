@@ -26,10 +26,12 @@ from tests.server.test_keys import ALICE, BOB, FILE, bearer
 
 Start = Callable[..., Running]
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+EMBEDDINGS = "/v1/embeddings"
 BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "seed": 7},
     COMPLETIONS: {"prompt": "hello", "max_tokens": 3, "seed": 7},
     RESPONSES: {"input": "hello", "max_output_tokens": 3, "temperature": 0},
+    EMBEDDINGS: {"input": ["hello", "you"]},
 }
 LONG = {"prompt": "hello", "max_tokens": 60, "ignore_eos": True}
 
@@ -80,7 +82,7 @@ def test_answers_are_those_of_the_route(keyed: Running, url: str) -> None:
         assert done.error_file_id is None
         answered = outputs(api, done.output_file_id)
         direct = keyed.post(url, BODIES[url], headers=bearer(ALICE)).json()
-        told = ("output", "status") if url == RESPONSES else ("choices", "object", "model")
+        told = {RESPONSES: ("output", "status"), EMBEDDINGS: ("data",)}.get(url, ("choices", "object", "model"))
         for each in answered.values():
             assert each["response"]["status_code"] == 200
             assert each["error"] is None
@@ -143,7 +145,7 @@ def test_a_file_that_is_none_fails_before_anything_is_asked(keyed: Running) -> N
 @pytest.mark.parametrize(
     ("change", "status", "param"),
     [
-        ({"endpoint": "/v1/embeddings"}, 400, "endpoint"),
+        ({"endpoint": "/v1/moderations"}, 400, "endpoint"),
         ({"completion_window": "1h"}, 400, "completion_window"),
         ({"input_file_id": "file-../../x"}, 404, "file_id"),
         ({"metadata": {"a": "b" * 513}}, 400, "metadata"),

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tenon.base.errors import ContextTooLong
+from tenon.models.hub import resolve
+from tenon.models.tokenizer import Tokenizer, load_tokenizer
+from tenon.server.tokens import INLINE_CHARS, LONG_CHARS, ids_of
 from tests.server.conftest import PATIENCE_S, Running
 
 
@@ -62,3 +69,62 @@ def test_what_is_wrong_is_named(server: Running, path: str, body: dict[str, Any]
     response = post(server, path, **body)
     assert response.status_code == status, response.text
     assert response.json()["error"]["param"] == param
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given, and how many texts at once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.long_texts = asyncio.Lock()
+        self.n_chars = self.n_at_once = self.most_at_once = 0
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        self.n_chars += len(text)
+        self.n_at_once += 1
+        self.most_at_once = max(self.most_at_once, self.n_at_once)
+        ids = self._tokenizer.encode(text, add_special=special)
+        self.n_at_once -= 1
+        return ids
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(resolve("embedded"))
+
+
+@given(
+    words=st.lists(
+        st.sampled_from(["the", "def f(x):\n", " ", "\n\n", "\u00e9\u0301", "x" * 40, "1234567", "\U0001f600"])
+    ),
+    repeat=st.integers(1, 4000),
+    most=st.integers(1, 3000),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_text_that_fits_is_refused(tokenizer: Tokenizer, words: list[str], repeat: int, most: int) -> None:
+    text = " ".join(words * repeat)[:400_000]
+    whole = tokenizer.encode(text, add_special=True)
+    try:
+        found = asyncio.run(ids_of(Counting(tokenizer), text, special=True, most=most))  # type: ignore[arg-type]
+    except ContextTooLong:
+        assert len(whole) > most
+    else:
+        assert found == whole
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised_whole(tokenizer: Tokenizer) -> None:
+    it = Counting(tokenizer)
+    with pytest.raises(ContextTooLong, match=r"maximum context length is 1000 tokens.*at least \d+ tokens"):
+        asyncio.run(ids_of(it, "hello there " * 500_000, special=True, most=1000))  # type: ignore[arg-type]
+    assert INLINE_CHARS < it.n_chars <= 8000
+
+
+def test_very_long_texts_take_their_turn(tokenizer: Tokenizer) -> None:
+    it, text = Counting(tokenizer), "a " * (LONG_CHARS // 2 + 1)
+
+    async def all_at_once() -> list[list[int]]:
+        return await asyncio.gather(*(ids_of(it, text, special=False) for _ in range(2)))  # type: ignore[arg-type]
+
+    found = asyncio.run(all_at_once())
+    assert all(ids == found[0] for ids in found)
+    assert it.most_at_once == 1

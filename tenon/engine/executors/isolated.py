@@ -142,6 +142,7 @@ def joined(step: Step, parts: list[tuple[Part, StepResult]], errors: dict[int, s
         for name in ("ids", "logprobs", "top_ids", "top_logprobs"):
             getattr(whole, name)[part.outputs] = getattr(result, name)
         whole.scores[part.scores] = result.scores
+        whole.ranks[part.scores] = result.ranks
         whole.hidden[part.outputs[wants_hidden]] = result.hidden
         whole.errors.update(result.errors)
     return whole

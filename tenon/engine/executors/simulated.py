@@ -150,6 +150,7 @@ class SimulatedExecutor:
             ids,
             *_unknown(step.n_outputs, max(0, int(step.params.n_logprobs.max(initial=-1)))),
             scores=np.full(len(step.score_token), np.nan, np.float32),
+            ranks=np.zeros(len(step.score_token), np.int32),
             hidden=np.zeros((int(np.count_nonzero(step.want & HIDDEN)), 0), np.float32),
             transfers_done=_NO_I64,
             start_s=start_s,
