@@ -24,6 +24,8 @@ from tenon.server.failures import Refusal
 from tenon.server.limits import Limits, read_body
 
 LOOK_EVERY_S: Final = 0.25
+SHORT_LOOK_EVERY_S: Final = 0.05
+"""While memory is short."""
 SMALL_BODY_BYTES: Final = 64 * 2**10
 """A body of no more is read however many others are on their way."""
 BODY_COPIES: Final = 8
@@ -134,7 +136,7 @@ class Admission:
 
 
 class MemoryWatch:
-    """Looks at the memory every ``LOOK_EVERY_S`` and has ``drop`` called while it is short, but not all the time."""
+    """Looks at the memory again and again, and has ``drop`` called while it is short, but not all the time."""
 
     def __init__(
         self, admission: Admission, drop: Callable[[], None], read: Callable[[], list[MemoryBound]] = memory_bounds
@@ -146,7 +148,7 @@ class MemoryWatch:
     async def run(self) -> None:
         while True:
             self.look()
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(SHORT_LOOK_EVERY_S if self._was_short else LOOK_EVERY_S)
 
     def look(self) -> None:
         admission = self._admission
@@ -156,7 +158,7 @@ class MemoryWatch:
             self._n_looks = 0
             said = f"{admission.memory_share:.0%} of {admission.memory.limit / 2**20:.0f} MiB are in use"
             _log.warning("memory is %s: %s", "short" if is_short else "no longer short", said)
-        if is_short and self._n_looks % int(DROP_EVERY_S / LOOK_EVERY_S) == 0:
+        if is_short and self._n_looks % int(DROP_EVERY_S / SHORT_LOOK_EVERY_S) == 0:
             self._drop()
             release_memory()
         self._was_short = is_short

@@ -21,6 +21,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from tenon.base.errors import ConfigError, RequestError
 
 UPLOAD_PATH: Final = "/v1/files"
+READ_BYTES: Final = 64 * 2**10
+"""Of one connection at a time."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if hasattr(transport, "max_size"):  # asyncio's reads take this much at once for each connection
+            transport.max_size = READ_BYTES
         self._arm_receipt()
 
     def connection_lost(self, exc: Exception | None) -> None:
