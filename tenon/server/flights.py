@@ -86,7 +86,7 @@ class Job:
     def __init__(self, service: Ending, queued_tokens: int) -> None:
         self._service = service
         self._queued_tokens = queued_tokens
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._queue: list[tuple[int, m.Delta]] = []
         self._n_queued = 0
         self._failure: TenonError | None = None
@@ -133,7 +133,7 @@ class Job:
         """Queue a delta; a client that lets too many wait is given up."""
         self._queue.append((flight.base + delta.index, delta))
         self._n_queued += len(delta.ids)
-        self._wake.set()
+        self.wake()
         if self._n_queued > self._queued_tokens:
             self.abort(
                 Refusal(
@@ -147,14 +147,16 @@ class Job:
             self._failure = failure
         for flight in self.flights:
             self._service.give_up(flight, reason)
-        self._wake.set()
+        self.wake()
 
     def wake(self) -> None:
-        self._wake.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def _turn(self) -> None:
-        self._wake.clear()
-        await self._wake.wait()
+        """Until something happens. (An ``asyncio.Event`` takes twice as long.)"""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
 
 def again(flight: Flight) -> list[m.Add]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
 
 from tenon.engine.messages import Delta, PromptScores
 from tenon.server.tool_text import CallPart, ToolText
@@ -81,8 +81,7 @@ class TokenLogprob:
     """Characters of the output before this token's text; negative in the prompt, from its end."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What one delta adds to one choice. ``finish_reason`` is set on the last one only."""
 
     text: str
@@ -171,6 +170,7 @@ class OutputText:
         calls: ToolText | None = None,
     ) -> None:
         self._thought, self._calls = thought, calls
+        self._is_plain = thought is None and calls is None and not stops
         self.n_thought = 0
         """Tokens of the thought, its marks among them."""
         self._decoder = decoder
@@ -190,6 +190,12 @@ class OutputText:
     def push(self, delta: Delta) -> Piece:
         """Take a delta. The piece's ``finish_reason`` is "stop" where a stop string was completed, and "tool_calls"
         where it would be "stop" and calls have been made."""
+        if self._is_plain and delta.finish_reason is None and delta.stop_id is None and not delta.logprobs:
+            self.n_tokens += len(delta.ids)
+            text = self._decoder.push(delta.ids)
+            self._decoded += len(text)
+            self._released += len(text)
+            return Piece(text)
         piece = self._push(delta)
         if self._calls is None:
             return piece
@@ -199,7 +205,7 @@ class OutputText:
             more, last = self._calls.flush()
             text, calls = text + more, [*calls, *last]
             reason = "tool_calls" if reason == "stop" and self._calls.n_calls else reason
-        return replace(piece, text=text, calls=tuple(calls), finish_reason=reason)
+        return piece._replace(text=text, calls=tuple(calls), finish_reason=reason)
 
     def _push(self, delta: Delta) -> Piece:
         text = reasoning = ""
