@@ -89,7 +89,7 @@ def test_a_running_server_answers_and_the_rest_is_asked_only_once(
 
 WRONG: list[tuple[list[Any], list[str], str]] = [
     ([line("a"), line("a")], [], "line 2: custom_id 'a' is that of line 1 too"),
-    ([line("a"), line("b") | {"url": "/v1/embeddings"}], [], 'line 2: url must be .*, got "/v1/embeddings"'),
+    ([line("a"), line("b") | {"url": "/v1/moderations"}], [], 'line 2: url must be .*, got "/v1/moderations"'),
     ([line("a", stream=True)], [], "line 1: body.stream must be false in a batch, got True"),
     ([], [], "the file is empty"),
     ([line("a")], ["--concurrency", "0"], "concurrency must be at least 1, got 0"),
