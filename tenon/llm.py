@@ -95,6 +95,7 @@ class LLM:
             self.engine = build_engine(
                 self.config, lambda name, _, detail: bar.update(task, description=f"{name}: {detail}")
             )
+        self.engine.stop_kv_events()
         self._n_requests = 0
 
     def _bar(self, what: str) -> Progress:

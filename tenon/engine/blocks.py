@@ -253,9 +253,9 @@ class BlockPool:
 
     def take_events(self, limit: int = MAX_EVENTS) -> tuple[list[Logged], int]:
         """What came and went since the last call, at most the oldest ``limit``, and how many events were lost: if any,
-        what is resident is told anew."""
+        and after a stop, what is resident is told anew."""
         n_lost = self.log.n_lost
-        if n_lost:
+        if n_lost or not self.log.is_kept:
             self.restart_events()
         return self.log.take(limit), n_lost
 

@@ -172,6 +172,11 @@ class Engine:
         for pool in self.scheduler.pools:
             pool.restart_events()
 
+    def stop_kv_events(self) -> None:
+        """Nobody takes them until they are restarted: none are kept."""
+        for pool in self.scheduler.pools:
+            pool.log.stop()
+
     def residency(self, now_s: float) -> Residency:
         """What is where in the cache. O(blocks)."""
         return residency(self.scheduler, now_s)

@@ -2,7 +2,8 @@
 
 Replaying the log from its beginning, or from any ``cleared`` on, gives exactly the resident set: events are per block,
 so holes need no mention, and what was applied may be applied again. The log is bounded. What falls out of it before it
-was taken is counted, and makes the next take begin with ``cleared`` and everything that is resident.
+was taken is counted, and makes the next take begin with ``cleared`` and everything that is resident; so does a log that
+was stopped, for nobody was there to take.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class KVLog:
     def __init__(self, n_blocks: int, max_events: int = MAX_EVENTS) -> None:
         self._events: deque[Logged] = deque(maxlen=n_blocks + max_events)
         self._n_logged = self._n_taken = 0
+        self.is_kept = True
+        """Whether somebody is going to take what comes."""
 
     def __len__(self) -> int:
         return len(self._events)
@@ -50,6 +53,8 @@ class KVLog:
 
     def add(self, kind: str, key: bytes = b"", position: int = 0, parent: bytes = b"", reason: str = "") -> None:
         """One event, see ``Logged``."""
+        if not self.is_kept:
+            return
         self._events.append(_logged((kind, key, position, parent, reason)))
         self._n_logged += 1
 
@@ -60,11 +65,17 @@ class KVLog:
 
     def restart(self, resident: Iterable[Logged]) -> None:
         """Drop what is there; ``cleared`` and what is resident come instead."""
-        self._events.clear()
-        self._n_taken = self._n_logged
+        self.stop()
+        self.is_kept = True
         self.add(CLEARED, reason="resident")
         for event in resident:
             self.add(*event)
+
+    def stop(self) -> None:
+        """Keep nothing: nobody takes any more."""
+        self._events.clear()
+        self._n_taken = self._n_logged
+        self.is_kept = False
 
     def take(self, limit: int = MAX_EVENTS) -> list[Logged]:
         """The oldest events, at most ``limit``; they are in the log no longer."""

@@ -71,6 +71,7 @@ class EngineHost:
 
     def __init__(self, engine: Engine, wire: Wire, clock: Clock) -> None:
         self._engine = engine
+        self._engine.stop_kv_events()
         self._wire = wire
         self._clock = clock
         self._draining = False
@@ -154,6 +155,8 @@ class EngineHost:
                 self._engine.watch_victims(message.victims)
                 if message.kv:
                     self._engine.restart_kv_events()
+                else:
+                    self._engine.stop_kv_events()
             case m.Drain():
                 self._draining = True
                 self._engine.drain()

@@ -278,6 +278,19 @@ def test_lost_events_are_counted_and_what_is_resident_is_told_anew() -> None:
     assert made.take_kv_events().dropped == events.dropped
 
 
+def test_while_nobody_takes_events_none_are_kept() -> None:
+    made, seen = busy(), Mirrored()
+    made.stop_kv_events()
+    run(made)
+    assert [len(pool.log) for pool in made.scheduler.pools] == [0] * len(made.scheduler.pools)
+    mirror(seen, made.take_kv_events())
+    assert seen == resident(made)
+    run(made, [asked("next", prompt(8))])
+    mirror(seen, made.take_kv_events())
+    assert seen == resident(made)
+    assert made.stats(0.0).kv_events_dropped == 0
+
+
 def test_a_mirror_that_misses_a_batch_is_wrong() -> None:
     made, seen = busy(), Mirrored()
     while made.has_work:

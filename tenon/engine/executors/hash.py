@@ -8,6 +8,7 @@ cache and server run on it without weights; steps cost microseconds.
 from __future__ import annotations
 
 from hashlib import blake2b
+from typing import Final
 
 import numpy as np
 
@@ -25,6 +26,10 @@ EMPTY = -7
 
 BELOW = 1000.0
 """How far below the live tokens all others are."""
+
+
+MOST_LAST: Final = 4096
+"""Sequences whose last token is remembered: more than run at once."""
 
 
 class HashExecutor:
@@ -106,7 +111,10 @@ class HashExecutor:
         result = sample_rows(step, logits_RV)
         for seq, token, want in zip(step.out_seq.tolist(), result.ids.tolist(), step.want.tolist(), strict=True):
             if want & SAMPLE:
+                self._last.pop(seq, None)
                 self._last[seq] = token
+        while len(self._last) > MOST_LAST:
+            del self._last[next(iter(self._last))]
         if np.any(step.want & HIDDEN):
             result.hidden = np.stack([self.hidden(rows[r]) for r in np.flatnonzero(step.want & HIDDEN)])
         if (left_s := start_s + self._step_s - self._clock.now_s()) > 0 and self._step_s:
