@@ -43,6 +43,8 @@ class Wire:
         self._sock = sock
         self._epoch = epoch
         self._frames = m.Frames()
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+        """One for all reads: a new one each time, cut to what came, would leave holes that nothing large fits in."""
 
     def receive(self, wait_s: float | None) -> list[m.ToEngine] | None:
         """All messages that have come, ``None`` when the other side is gone. Waits at most ``wait_s`` for the first of
@@ -52,10 +54,10 @@ class Wire:
         """
         received: list[m.ToEngine] = []
         while select.select([self._sock], [], [], 0.0 if received else wait_s)[0]:
-            data = self._sock.recv(_READ_BYTES)
-            if not data:
+            n_bytes = self._sock.recv_into(self._buffer)
+            if not n_bytes:
                 return None
-            for body in self._frames.feed(data):
+            for body in self._frames.feed(bytes(self._buffer[:n_bytes])):
                 batch = m.decode_to_engine(body)
                 if batch.epoch == self._epoch:
                     received.extend(batch.messages)

@@ -112,6 +112,7 @@ class Log:
 
     def start(self) -> None:
         self._loggers[0].setLevel(self._level)
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that leaves
         for logger in self._loggers:
             logger.propagate = False
             logger.addHandler(self._handler)
