@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -102,10 +103,19 @@ def _version(package: str) -> str | None:
 
 @dataclass(frozen=True)
 class MemoryBound:
-    """What bounds this process's memory. ``used`` is by all that share the bound, less what the kernel can drop."""
+    """What bounds this process's memory. ``used`` is by all that share the bound, less what the kernel can drop; ``of``
+    is ``MACHINE`` or the control group's folder."""
 
     limit: int
     used: int
+    of: str = ""
+
+    @property
+    def left(self) -> int:
+        return self.limit - self.used
+
+
+MACHINE: Final = "the machine"
 
 
 def memory_bounds(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[MemoryBound]:
@@ -116,11 +126,12 @@ def memory_bounds(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgro
     found: list[MemoryBound] = []
     try:
         told = _numbers(proc / "meminfo")
-        found.append(MemoryBound(told["MemTotal:"] * 1024, (told["MemTotal:"] - told["MemAvailable:"]) * 1024))
+        total, available = told["MemTotal:"] * 1024, told["MemAvailable:"] * 1024
+        found.append(MemoryBound(total, total - available, MACHINE))
     except (OSError, KeyError):
         with contextlib.suppress(OSError, ValueError):
-            n_pages, n_free = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_AVPHYS_PAGES")
-            found.append(MemoryBound(*(n * os.sysconf("SC_PAGE_SIZE") for n in (n_pages, n_pages - n_free))))
+            page, n_pages, n_free = map(os.sysconf, ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+            found.append(MemoryBound(n_pages * page, (n_pages - n_free) * page, MACHINE))
     most = found[0].limit if found else 2**60
     for folder, version in _groups(proc, cgroups):
         with contextlib.suppress(OSError, ValueError):
@@ -159,7 +170,7 @@ def _group_bound(folder: Path, version: int) -> MemoryBound:
     }[version]
     most, in_use = int((folder / limit).read_text()), int((folder / used).read_text())
     droppable = _numbers(folder / "memory.stat").get(cache, 0)
-    return MemoryBound(most, max(0, in_use - droppable))
+    return MemoryBound(most, max(0, in_use - droppable), str(folder))
 
 
 def _numbers(path: Path) -> dict[str, int]:
@@ -170,7 +181,7 @@ def _numbers(path: Path) -> dict[str, int]:
 
 def free_memory() -> int:
     """Bytes that this machine, or the container's limit, has left. Raises ``ResourceError`` if it cannot tell."""
-    free = [bound.limit - bound.used for bound in memory_bounds()]
+    free = [bound.left for bound in memory_bounds()]
     if not free or min(free) <= 0:
         raise ResourceError("the free memory of this machine cannot be determined; set kv_bytes")
     return min(free)

@@ -18,7 +18,7 @@ from typing import Final
 
 from starlette.requests import Request
 
-from tenon.base.machine import MemoryBound, memory_bounds
+from tenon.base.machine import MACHINE, MemoryBound, memory_bounds
 from tenon.server.backlog import Backlog, retry_after_s
 from tenon.server.failures import Refusal
 from tenon.server.limits import Limits, read_body
@@ -31,6 +31,8 @@ SMALL_BODY_BYTES: Final = 64 * 2**10
 BODY_COPIES: Final = 8
 """So many times its size a body may take until its request is on its way or refused."""
 MEMORY_RETRY_S: Final = 2.0
+CALM: Final = 0.98
+"""Below this share of where it begins to be short, it is no longer: one warning, not one a second."""
 DROP_EVERY_S: Final = 10.0
 UNBOUNDED: Final = MemoryBound(2**60, 0)
 
@@ -69,7 +71,14 @@ class Admission:
 
     def use(self, bounds: Sequence[MemoryBound]) -> None:
         """The memory is so now; without any bound there is no pressure."""
-        self.memory = max(bounds, key=lambda bound: bound.used / bound.limit, default=UNBOUNDED)
+        most = self.limits.machine_bytes
+        counted = [
+            MemoryBound(most, max(0, most - bound.left), bound.of)
+            if bound.of == MACHINE and bound.limit > most
+            else bound
+            for bound in bounds
+        ]
+        self.memory = max(counted, key=lambda bound: bound.used / bound.limit, default=UNBOUNDED)
 
     def memory_is_short_because(self) -> str | None:
         """What to say where nothing is taken for lack of memory, or ``None``."""
@@ -96,7 +105,8 @@ class Admission:
                 raise BodyRefused(said)
             bound = min(self.limits.all_bodies_bytes, self._headroom // BODY_COPIES)
             if own + n_bytes > SMALL_BODY_BYTES and self.body_bytes + n_bytes > bound:
-                raise BodyRefused(f"{self.body_bytes >> 20} MiB of other requests are coming in")
+                said = f"{(self.body_bytes + n_bytes) / 2**20:.0f} MiB of requests are coming in"
+                raise BodyRefused(f"{said}, and there is memory for {bound / 2**20:.0f} MiB")
             own += n_bytes
             self.body_bytes += n_bytes
 
@@ -132,7 +142,12 @@ class Admission:
         return self.pressure == 0 and n_waiting == 0 and fits
 
     def _memory_said(self) -> str:
-        return f"{self.memory_share:.0%} of {self.memory.limit / 2**30:.1f} GiB are in use"
+        return f"{self.memory.left / 2**20:.0f} MiB are left"
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether it is not near to being short."""
+        return self.memory_share < CALM * self.limits.memory_shed
 
 
 class MemoryWatch:
@@ -153,10 +168,11 @@ class MemoryWatch:
     def look(self) -> None:
         admission = self._admission
         admission.use(self._read())
-        is_short = admission.pressure > 0
+        is_short = admission.pressure > 0 or (self._was_short and not admission.is_calm)
         if is_short != self._was_short:
             self._n_looks = 0
-            said = f"{admission.memory_share:.0%} of {admission.memory.limit / 2**20:.0f} MiB are in use"
+            memory = admission.memory
+            said = f"{memory.used >> 20} of {memory.limit >> 20} MiB of {memory.of} are in use"
             _log.warning("memory is %s: %s", "short" if is_short else "no longer short", said)
         if is_short and self._n_looks % int(DROP_EVERY_S / SHORT_LOOK_EVERY_S) == 0:
             self._drop()

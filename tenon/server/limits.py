@@ -51,6 +51,8 @@ class Limits:
     """From this share of the memory in use on, less is taken (:mod:`tenon.server.admission`)."""
     memory_reject: float = 0.95
     """From this share on, nothing is."""
+    machine_bytes: int = 12 * 2**30
+    """Of a machine with more memory, so much counts: the rest is to spare. A control group counts whole."""
     queued_deltas: int = 4096
     """Tokens that may wait for a client that reads slowly; then its request is aborted."""
     queued_events: int = 512

@@ -439,7 +439,10 @@ class Service:
             cache=flight.cache,
         )  # fmt: skip
         for hear in self.on_end:
-            hear(flight, reason, now_s)
+            try:
+                hear(flight, reason, now_s)
+            except Exception:  # whoever looks on must not cost a request
+                _log.exception("a request's end could not be told")
         flight.job.wake()
 
     def _take_stats(self, stats: m.Stats) -> None:

@@ -62,6 +62,7 @@ ADJUSTABLE: Final = {
     "all_bodies_bytes": _Range(whole=True, least=1, most=_MOST_COUNT),
     "memory_shed": _Range(whole=False, least=_LEAST_SHARE, most=1),
     "memory_reject": _Range(whole=False, least=_LEAST_SHARE, most=1),
+    "machine_bytes": _Range(whole=True, least=2**20, most=2**60),
     "receipt_s": _Range(whole=False, least=_LEAST_S, most=_MOST_S),
 }
 """What the file may name: ``drain_s``, and fields of ``Limits``."""

@@ -53,7 +53,7 @@ def proc(tmp_path: Path, groups: str) -> Path:
     return tmp_path / "proc"
 
 
-MACHINE = machine.MemoryBound(4000 * 1024, 3000 * 1024)
+MACHINE = machine.MemoryBound(4000 * 1024, 3000 * 1024, machine.MACHINE)
 
 
 def test_every_group_above_bounds_the_memory(tmp_path: Path) -> None:
@@ -61,8 +61,10 @@ def test_every_group_above_bounds_the_memory(tmp_path: Path) -> None:
     group(root / "a.slice", 2, "3000000", 900_000, 0)
     group(root / "a.slice" / "b.service", 2, "2000000", 800_000, 300_000)
     assert machine.memory_bounds(where, root) == [
-        MACHINE, machine.MemoryBound(2_000_000, 500_000), machine.MemoryBound(3_000_000, 900_000),
-    ]  # fmt: skip
+        MACHINE,
+        machine.MemoryBound(2_000_000, 500_000, str(root / "a.slice" / "b.service")),
+        machine.MemoryBound(3_000_000, 900_000, str(root / "a.slice")),
+    ]
 
 
 def test_groups_of_version_1_and_without_a_limit(tmp_path: Path) -> None:
@@ -70,13 +72,14 @@ def test_groups_of_version_1_and_without_a_limit(tmp_path: Path) -> None:
     group(root / "memory" / "x" / "y", 1, "9223372036854771712", 70, 0)
     group(root / "memory" / "x", 1, "2000000", 1_500_000, 2_000_000)
     group(root, 2, "max", 70, 0)
-    assert machine.memory_bounds(where, root) == [MACHINE, machine.MemoryBound(2_000_000, 0)]
+    named = str(root / "memory" / "x")
+    assert machine.memory_bounds(where, root) == [MACHINE, machine.MemoryBound(2_000_000, 0, named)]
 
 
 def test_a_container_sees_its_group_as_the_root(tmp_path: Path) -> None:
     where, root = proc(tmp_path, "0::/docker/1234\n"), tmp_path / "cgroup"
     group(root, 2, "1000000", 400_000, 100_000)
-    assert machine.memory_bounds(where, root) == [MACHINE, machine.MemoryBound(1_000_000, 300_000)]
+    assert machine.memory_bounds(where, root) == [MACHINE, machine.MemoryBound(1_000_000, 300_000, str(root))]
 
 
 def test_this_machine_has_memory_left() -> None:

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from tenon.base.errors import ConfigError
-from tenon.base.machine import MemoryBound
+from tenon.base.machine import MACHINE, MemoryBound
 from tenon.server.admission import (
     DROP_EVERY_S,
     SHORT_LOOK_EVERY_S,
@@ -63,6 +63,15 @@ def test_without_a_bound_there_is_no_pressure() -> None:
     assert admission.pressure == 0
 
 
+def test_of_a_large_machine_only_the_last_gibibytes_count() -> None:
+    admission = Admission(Limits())
+    for left_gib, is_short in ((20, False), (4, False), (1, True)):
+        admission.use([MemoryBound(100 * 1024 * MIB, (100 - left_gib) * 1024 * MIB, MACHINE)])
+        assert (admission.pressure > 0) == is_short
+    admission.use([MemoryBound(100 * 1024 * MIB, 96 * 1024 * MIB, "/a/control/group")])
+    assert admission.pressure == 1
+
+
 @pytest.mark.parametrize("wrong", [{"memory_shed": 0.95}, {"memory_shed": 0.0}, {"memory_reject": 1.5}])
 def test_shares_are_checked(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"memory_(shed|reject) must be"):
@@ -86,7 +95,7 @@ def test_bodies_on_their_way_have_a_bound_of_their_own() -> None:
     admission = at(0.2, all_bodies_bytes=10 * MIB)
     admission.body_bytes = 9 * MIB  # of others
     assert len(read(admission, b"a" * MIB)) == MIB
-    with pytest.raises(BodyRefused, match="MiB of other requests"):
+    with pytest.raises(BodyRefused, match="10 MiB of requests are coming in, and there is memory for 10 MiB"):
         read(admission, b"a" * MIB, b"a")
     assert admission.body_bytes == 9 * MIB
     assert read(admission, b"a" * SMALL_BODY_BYTES)
@@ -99,7 +108,7 @@ def test_little_memory_left_bounds_the_bodies_too() -> None:
         read(admission, b"a" * 7 * MIB)
     with pytest.raises(BodyRefused, match="memory is short"):
         admission.require_spare_memory()
-    with pytest.raises(BodyRefused, match=r"95% of 1\.0 GiB are in use"):
+    with pytest.raises(BodyRefused, match="memory is short: 50 MiB are left"):
         read(at(0.95), b"a")
 
 
@@ -120,12 +129,13 @@ def test_a_server_short_of_memory_refuses_and_recovers(own_server: Callable[...,
     stream = server.stream(max_tokens=2000)
     events = stream.events()
     next(events)
-    config.write_text("memory_shed = 0.01\nmemory_reject = 0.0101\n")  # any machine uses more
+    short = f"memory_shed = 0.01\nmemory_reject = 0.0101\nmachine_bytes = {2**60}\n"  # any machine uses more
+    config.write_text(short)
     server.process.send_signal(1)
     wait_for(lambda: server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 503)
     refused = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1})
     assert refused.json()["error"]["code"] == "overloaded"
-    assert "are in use" in refused.json()["error"]["message"]
+    assert "MiB are left" in refused.json()["error"]["message"]
     assert int(refused.headers["retry-after"]) == 2
     told = httpx.get(server.url + "/readyz", timeout=PATIENCE_S)
     assert told.status_code == 503

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -179,3 +180,16 @@ def test_who_is_not_taken_pays_nothing() -> None:
     service.submit([m.Add("s", (1,) * 40, 60, 0)], caller)
     with pytest.raises(Refusal, match="100 tokens a minute"):
         service.submit([m.Add("t", (1,), 1, 0)], caller)
+
+
+def test_who_hears_of_ends_cannot_stop_them() -> None:
+    service, heard = serving(1), list[str]()
+
+    def fails(flight: Any, reason: str, now_s: float) -> None:
+        raise RuntimeError(reason)
+
+    service.on_end += [fails, lambda flight, reason, now_s: heard.append(f"{flight.add.request_id} {reason}")]
+    jobs = submit(service, [0, 1])
+    run(service, Engine(service, set()))
+    assert sorted(heard) == ["r0 length", "r1 length"]
+    assert [tokens(job)[0] for job in jobs] == [list(range(12))] * 2
