@@ -189,7 +189,8 @@ def test_who_hears_of_ends_cannot_stop_them() -> None:
         raise RuntimeError(reason)
 
     service.on_end += [fails, lambda flight, reason, now_s: heard.append(f"{flight.add.request_id} {reason}")]
+    engine = Engine(service, set())
     jobs = submit(service, [0, 1])
-    run(service, Engine(service, set()))
+    run(service, engine)
     assert sorted(heard) == ["r0 length", "r1 length"]
     assert [tokens(job)[0] for job in jobs] == [list(range(12))] * 2
