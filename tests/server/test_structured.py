@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,8 +27,9 @@ HOSTILE = "((((((a{1,99}){1,99}){1,99}){1,99}){1,99}){1,99}){1,99}"
 
 
 @pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", timeout=PATIENCE_S, max_retries=0)
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", timeout=PATIENCE_S, max_retries=0) as made:
+        yield made
 
 
 def check(text: str | None) -> None:
@@ -51,9 +52,9 @@ def test_a_schema_is_kept_in_every_form_of_answer(client: openai.OpenAI, server:
         text={"format": {"type": "json_schema", "name": "pet", "schema": SCHEMA, "strict": True}},
     )  # fmt: skip
     check(response.output_text)
-    messages = anthropic.Anthropic(base_url=server.url, api_key="none", timeout=PATIENCE_S, max_retries=0)
     config = {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}, "temperature": 0}
-    message = messages.messages.create(model=server.model, max_tokens=200, messages=HELLO, extra_body=config)
+    with anthropic.Anthropic(base_url=server.url, api_key="none", timeout=PATIENCE_S, max_retries=0) as messages:
+        message = messages.messages.create(model=server.model, max_tokens=200, messages=HELLO, extra_body=config)
     check(message.content[0].text)  # type: ignore[union-attr]
 
 

@@ -59,8 +59,15 @@ def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def client(tooled: Running) -> Any:
-    return openai.OpenAI(base_url=tooled.url + "/v1", api_key="none", timeout=PATIENCE_S, max_retries=0)
+def client(tooled: Running) -> Iterator[Any]:
+    with openai.OpenAI(base_url=tooled.url + "/v1", api_key="none", timeout=PATIENCE_S, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def messages(tooled: Running) -> Iterator[Any]:
+    with anthropic.Anthropic(base_url=tooled.url, api_key="none", timeout=PATIENCE_S, max_retries=0) as made:
+        yield made.messages
 
 
 def chat(client: Any, tooled: Running, **wishes: Any) -> Any:
@@ -161,25 +168,24 @@ def test_thoughts_are_told_apart(client: Any, tooled: Running) -> None:
     assert 0 < usage.completion_tokens_details.reasoning_tokens < usage.completion_tokens
 
 
-def test_messages_have_tools_and_thoughts(tooled: Running) -> None:
-    client: Any = anthropic.Anthropic(base_url=tooled.url, api_key="none", timeout=PATIENCE_S, max_retries=0)
+def test_messages_have_tools_and_thoughts(messages: Any, tooled: Running) -> None:
     asked: dict[str, Any] = {
         "model": tooled.model, "max_tokens": 400, "messages": HELLO, "extra_body": {"temperature": 0},
         "tools": [{"name": "weather", "description": "of a city", "input_schema": WEATHER}],
         "tool_choice": {"type": "tool", "name": "weather"},
     }  # fmt: skip
-    message = client.messages.create(**asked)
+    message = messages.create(**asked)
     assert message.stop_reason == "tool_use"
     (use,) = message.content
     jsonschema.validate(use.input, WEATHER)
-    with client.messages.stream(**asked) as stream:
+    with messages.stream(**asked) as stream:
         final = stream.get_final_message()
     (streamed,) = final.content
     jsonschema.validate(streamed.input, WEATHER)
     result = {"type": "tool_result", "tool_use_id": use.id, "content": "rain"}
     back = [*HELLO, {"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
-    count = client.messages.count_tokens(model=tooled.model, messages=back, tools=asked["tools"]).input_tokens
-    again = client.messages.create(**asked | {"messages": back, "max_tokens": 5})
+    count = messages.count_tokens(model=tooled.model, messages=back, tools=asked["tools"]).input_tokens
+    again = messages.create(**asked | {"messages": back, "max_tokens": 5})
     assert again.usage.input_tokens + again.usage.cache_read_input_tokens == count
 
 

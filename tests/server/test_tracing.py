@@ -48,7 +48,7 @@ class Collector:
                 """Nothing: a test's output is its own."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server.daemon_threads = False  # so that closing it waits for them, and for their sockets
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1/traces"
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()
