@@ -130,7 +130,13 @@ class Log:
 
     def _write(self) -> None:
         while (record := self._records.get()) is not None:
-            line = (self._formatter.format(record) + "\n").encode(errors="backslashreplace")
+            try:
+                text = self._formatter.format(record)
+            except Exception as error:  # one record that cannot be told must not end the log
+                said = f"a record cannot be written: {type(error).__name__}"
+                lost = {"name": record.name, "levelno": record.levelno, "levelname": record.levelname, "msg": said}
+                text = self._formatter.format(logging.makeLogRecord(lost))
+            line = (text + "\n").encode(errors="backslashreplace")
             with contextlib.suppress(OSError):  # a full disk, a reader who has left: no reason to stop
                 while line:
                     line = line[os.write(self._fd, line) :]

@@ -67,6 +67,22 @@ def test_a_log_that_nobody_reads_loses_records_and_says_so() -> None:
     os.close(writer)
 
 
+def test_a_record_that_cannot_be_written_does_not_end_the_log() -> None:
+    reader, writer = os.pipe()
+    log = Log("json", fd=writer)
+    log.start()
+    logger = logging.getLogger("tenon.test_logs")
+    logger.warning("%d", "no number")
+    logger.warning("next")
+    with os.fdopen(reader, "rb") as lines:
+        assert [json.loads(next(lines))["message"] for _ in range(2)] == [
+            "a record cannot be written: TypeError",
+            "next",
+        ]
+    log.close()
+    os.close(writer)
+
+
 def test_a_servers_log_tells_what_happened_and_no_secret(own_server: Start, tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
     keys.write_text(KEYS)
