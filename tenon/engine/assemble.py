@@ -10,21 +10,29 @@ from dataclasses import dataclass
 import numpy as np
 
 from tenon.base.errors import IntegrityError
-from tenon.engine.edits import NO_KINDS, NO_TOKENS, NO_VALUES
+from tenon.engine.edits import NO_KINDS, NO_TOKENS, NO_VALUES, Edits
 from tenon.engine.grammar import Masks
 from tenon.engine.sequence import Seq
+from tenon.engine.speculation.tree import Tree
 from tenon.engine.step import F32, I32, I64, SAMPLE, U8, U32, GroupStep, Params, Step
 
 
 @dataclass(eq=False, slots=True)
 class Span:
-    """A run of one sequence's rows to compute in this step: positions [start, start + n)."""
+    """A run of one sequence's rows to compute in this step: positions [start, start + n), or with ``tree`` the row at
+    ``start`` and those of the tree below it."""
 
     seq: Seq
     start: int
     n: int
     targets: list[Seq]
     """Whose next token the last row gives: the sequence's, all siblings' where their prompt ends here, or nobody's."""
+    tree: Tree | None = None
+    """Each of its rows gives a token, if the walk comes to it."""
+
+    @property
+    def n_outputs(self) -> int:
+        return len(self.targets) if self.tree is None else self.n
 
 
 NO_MOVES = np.zeros((0, 2), np.int32)
@@ -129,31 +137,49 @@ class _Known:
 class _Frame:
     """What of a step follows from whose rows there are, how many, and who samples; mostly the next has the same."""
 
-    def __init__(self, seqs: list[Seq], counts: list[int], targets: list[list[Seq]], known: _Known) -> None:
-        self.seqs, self.counts, self.targets = seqs, counts, targets
+    def __init__(self, spans: list[Span], known: _Known) -> None:
+        self.seqs, self.counts = [span.seq for span in spans], [span.n for span in spans]
+        self.targets, self.has_trees = [span.targets for span in spans], any(span.tree is not None for span in spans)
+        seqs = self.seqs
         self.tables = _Tables(seqs)
         rows = known.rows(seqs)  # first: it may make the arrays anew
         self.seq = known.seq[rows]
-        self.count = np.array(counts, np.int32)
+        self.count = np.array(self.counts, np.int32)
         self.q_start = _starts(self.count)
         T, S = int(self.q_start[-1]), len(seqs)
         self.row_span = np.repeat(np.arange(S), self.count)
         self.row_offset = np.arange(T, dtype=np.int32) - self.q_start[:-1][self.row_span]
+        self.row_depth = self.row_offset
+        """How far each row's position is from its span's first: less than its place where a tree branches."""
         self.parent = np.full(T, -1, np.int32)
         self.bucket_T, self.bucket_S = _bucket(T), _bucket(S)
 
-        outputs = [seq for each in targets for seq in each]
-        self.edited = [(r, seq, seq.edits) for r, seq in enumerate(outputs) if seq.edits is not None]
+        outputs = [seq for each in self.targets for seq in each]
+        n_outputs = [len(each) for each in self.targets]
+        if self.has_trees:
+            n_outputs = [span.n_outputs for span in spans]
+            outputs = [seq for span in spans for seq in ([span.seq] * span.n if span.tree else span.targets)]
+            self._branch(spans)
+        self.edited = _edited(spans) if any(seq.edits for seq in outputs) else []
         rows = known.rows(outputs)
         R = len(rows)
-        self.out_span = np.repeat(np.arange(S), [len(each) for each in targets])
+        self.out_span = np.repeat(np.arange(S), n_outputs)
         self.out_row = (self.q_start[1:] - 1)[self.out_span]
+        if self.has_trees:
+            places = [np.arange(n) - n + 1 for span, n in zip(spans, n_outputs, strict=True) if span.tree]
+            in_tree = np.repeat([span.tree is not None for span in spans], n_outputs)
+            self.out_row[in_tree] += np.concatenate(places).astype(np.int32)
+        self.out_reach = self.row_depth[self.out_row] + 1
+        """From its span's first position to that of the token which an output is."""
         self.out_seq, self.n_prompt = known.seq[rows], known.n_prompt[rows]
-        self.bound = [(r, seq) for r, seq in enumerate(outputs) if seq.binding is not None]
+        self.bound = [
+            (seq, 1 if span.tree is None else span.n) for span in spans for seq in span.targets if seq.binding is not None
+        ]
+        bound = [r for r, seq in enumerate(outputs) if seq.binding is not None]
         self.want = np.full(R, SAMPLE, np.uint8)
         self.params_index = np.arange(R, dtype=np.int32)
         self.bitmask_index = np.full(R, -1, np.int32)
-        self.bitmask_index[[r for r, _ in self.bound]] = np.arange(len(self.bound))
+        self.bitmask_index[bound] = np.arange(len(bound))
         self.no_starts = np.zeros(R + 1, np.int32)
         all_of = known.params
         self.params = Params(
@@ -166,8 +192,23 @@ class _Frame:
             n_logprobs=all_of.n_logprobs[rows],
         )
 
-    def fits(self, seqs: list[Seq], counts: list[int], targets: list[list[Seq]]) -> bool:
-        return counts == self.counts and seqs == self.seqs and targets == self.targets
+    def _branch(self, spans: list[Span]) -> None:
+        """Depths and parents of the rows of trees. One that does not branch is a run of positions like others."""
+        depth, parent = self.row_depth.copy(), self.parent
+        for at, span in zip(self.q_start.tolist(), spans, strict=False):
+            tree = span.tree
+            if tree is not None and not tree.is_chain:
+                rows = slice(at + 1, at + 1 + len(tree))
+                depth[rows] = tree.depths
+                parent[rows] = np.array(tree.parents, np.int32) + (at + 1)
+        self.row_depth = depth
+
+    def fits(self, spans: list[Span]) -> bool:
+        """Whether a step of ``spans`` is this one, further on."""
+        if self.has_trees or [span.n for span in spans] != self.counts:
+            return False
+        mine = zip(spans, self.seqs, self.targets, strict=True)
+        return all(span.seq is seq and span.targets == targets and span.tree is None for span, seq, targets in mine)
 
 
 class Assembler:
@@ -176,38 +217,36 @@ class Assembler:
     def __init__(self, model: str, n_groups: int, masks: Masks | None = None) -> None:
         self._model, self._n_groups, self._masks = model, n_groups, masks
         self._known = _Known()
-        self._frame = _Frame([], [], [], self._known)
+        self._frame = _Frame([], self._known)
         self._slots: list[I32] = []
         self._out_position = NO_TOKENS
         """Those of the last step."""
 
     def step(self, step_id: int, weights_version: int, spans: list[Span], moves: list[tuple[int, int, int]]) -> Step:
         """The step that computes ``spans``. ``moves`` are (group, source slot, target slot)."""
-        seqs = [span.seq for span in spans]
-        who = seqs, [span.n for span in spans], [span.targets for span in spans]
-        if not self._frame.fits(*who):
-            self._frame = _Frame(*who, self._known)
+        if not self._frame.fits(spans):
+            self._frame = _Frame(spans, self._known)
         frame = self._frame
-        size = seqs[0].block_tokens
+        size = spans[0].seq.block_tokens
         start = np.array([span.start for span in spans], np.int32)
         end = start + frame.count
         if len(frame.parent) == len(spans):  # decoding: a row a span
             pos = start
             tok = np.array([span.seq.tokens.item(span.start) for span in spans], np.int32)
         else:
-            pos = start[frame.row_span] + frame.row_offset
-            tok = np.concatenate([span.seq.tokens[span.start : span.start + span.n] for span in spans])
+            pos = start[frame.row_span] + frame.row_depth
+            tok = np.concatenate([_tokens(span) for span in spans])
 
         frame.tables.cut(-(-end // size))
         step_moves = [
             np.array([(a, b) for g, a, b in moves if g == group], np.int32).reshape(-1, 2)
             for group in range(self._n_groups)
         ]
-        block, offset = np.divmod(pos, size)
+        place = pos if frame.row_depth is frame.row_offset else start[frame.row_span] + frame.row_offset
+        block, offset = np.divmod(place, size)
         block += frame.tables.start[frame.row_span]
         slots = [table[block] * size + offset for table in frame.tables.flat]
-        # Whoever samples has all its tokens in this step, so its outputs end where its rows do.
-        out_position = end[frame.out_span] - frame.n_prompt
+        out_position = start[frame.out_span] + frame.out_reach - frame.n_prompt
         return self._fill(step_id, weights_version, tok, pos, slots, step_moves, out_position)
 
     def further(self, step_id: int, weights_version: int, tok_S: I32, pos_S: I32, crossed: list[int]) -> Step:
@@ -264,19 +303,44 @@ class Assembler:
             score_token=NO_TOKENS,
         )
 
-    def _bitmask(self, bound: list[tuple[int, Seq]]) -> U32:
+    def _bitmask(self, bound: list[tuple[Seq, int]]) -> U32:
         if self._masks is None:
             raise IntegrityError("a sequence has a grammar and nobody makes masks")
-        return self._masks.rows([seq for _, seq in bound])
+        return self._masks.rows(bound)
+
+
+_Edited = tuple[int, Seq, Edits, list[int]]
+"""An output, whose, what is done to its logits, and the tokens of its tree between the sequence's and it."""
+
+
+def _edited(spans: list[Span]) -> list[_Edited]:
+    found: list[_Edited] = []
+    r = 0
+    for span in spans:
+        tree = span.tree
+        for i in range(span.n_outputs):
+            seq = span.targets[i] if tree is None else span.seq
+            if seq.edits is not None:
+                found.append((r + i, seq, seq.edits, tree.path(i - 1) if tree is not None else []))
+        r += span.n_outputs
+    return found
 
 
 def _edits(frame: _Frame) -> tuple[I32, I32, U8, F32]:
     """Where each output's edits begin, and theirs one after the other."""
-    found = [edits.of(seq.tokens[: seq.n_tokens], seq.n_prompt) for _, seq, edits in frame.edited]
+    found = [edits.of(seq.context(path), seq.n_prompt, len(path)) for _, seq, edits, path in frame.edited]
     counts = np.zeros(len(frame.want), np.int32)
-    counts[[r for r, _, _ in frame.edited]] = [len(tokens) for tokens, _, _ in found]
+    counts[[each[0] for each in frame.edited]] = [len(tokens) for tokens, _, _ in found]
     tokens, kinds, values = (np.concatenate(each) for each in zip(*found, strict=True))
     return _starts(counts), tokens, kinds, values
+
+
+def _tokens(span: Span) -> I32:
+    """Of the span's rows."""
+    tokens, start, tree = span.seq.tokens, span.start, span.tree
+    if tree is None:
+        return tokens[start : start + span.n]
+    return np.array([tokens.item(start), *tree.tokens], np.int32)
 
 
 def _starts(counts: I32) -> I32:

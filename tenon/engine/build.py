@@ -17,6 +17,8 @@ from tenon.engine.executors.isolated import Isolated
 from tenon.engine.grammar import Masks, Vocabulary
 from tenon.engine.recompute import recompute_cost
 from tenon.engine.scheduler import Scheduler
+from tenon.engine.speculation.build import build_speculation
+from tenon.engine.speculation.measure import step_times
 from tenon.models.generation import read_generation
 from tenon.models.hf_config import read_config
 from tenon.models.hub import resolve
@@ -101,7 +103,13 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
     on_phase("memory", 0.0, f"{memory.kv_bytes / 2**20:.0f} MiB for {memory.tokens} tokens")
     executor.allocate(groups, memory.n_blocks)
     on_phase("memory", 1.0, f"{memory.kv_bytes / 2**20:.0f} MiB for {memory.tokens} tokens")
-    masks = Masks(Vocabulary(str(folder), spec.vocab_size, eos_ids), config.max_sequences, clock)
+    n_masks = config.max_sequences * (1 + config.speculative_nodes if config.drafters else 1)
+    masks = Masks(Vocabulary(str(folder), spec.vocab_size, eos_ids), n_masks, clock)
+    measured = {1: config.step_ms / 1e3 if config.step_ms else 1e-3}
+    if config.drafters and config.executor != "hash":
+        on_phase("steps", 0.0, "how long steps take")
+        measured = step_times(executor, groups, memory.n_blocks, config, clock)
+        on_phase("steps", 1.0, f"{min(measured.values()) * 1e3:.2f} ms and more")
     caps, predicted = executor.caps, Predictor(None, "")
     if config.chunk == "adaptive":
         predicted = predictor(spec, caps.dtype, caps.device)
@@ -117,6 +125,7 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
         cost_of=recompute_cost(spec, config.block_tokens),
         chunks=Chunks(config, groups, predicted.step_s),
         masks=masks,
+        speculation=build_speculation(config, measured),
     )
     identity = Identity(
         name=name,

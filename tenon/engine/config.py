@@ -13,8 +13,13 @@ from typing import Any, Literal
 
 from tenon.base.errors import ConfigError
 from tenon.engine.policies.chunk import CHUNKS
+from tenon.engine.policies.forest import MAX_DEPTH
+from tenon.engine.policies.speculate import SPECULATES
 from tenon.engine.policies.table import POLICIES
 
+DRAFTERS = ("ngram", "suffix")
+MAX_NODES = 256
+"""Of one sequence's tree."""
 BLOCK_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -33,6 +38,9 @@ class EngineConfig:
     ``chunk``: rows of prompts in a step with decodes: "fixed" takes what has room,
     "adaptive" as many as keep a step within ``tpot_ms``, milliseconds between two tokens of a sequence, which it
     requires, "threshold" fewer the more sequences decode; neither goes under ``min_chunk_tokens``.
+    ``speculative``: who guesses what sequences say next, separated by commas: "ngram", "suffix"; nobody where it is
+    empty. What is guessed is verified in the steps that ``speculative_policy`` chooses, at most
+    ``speculative_depth`` tokens ahead and ``speculative_nodes`` of them a sequence: outputs stay the same.
     """
 
     model: str = "embedded"
@@ -55,6 +63,10 @@ class EngineConfig:
     tpot_ms: float | None = None
     min_chunk_tokens: int = 64
     threads: int | None = None
+    speculative: str = ""
+    speculative_policy: str = "pays"
+    speculative_depth: int = 8
+    speculative_nodes: int = 16
     weights_seed: int | None = None
     """Random weights from this seed instead of the checkpoint's: for benchmarks of shapes."""
     step_ms: float | None = None
@@ -77,6 +89,12 @@ class EngineConfig:
         require(self.step_ms is None or 0 < self.step_ms < math.inf, "step_ms", "above 0, or left out")
         require(self.step_ms is None or self.executor == "hash", "step_ms", "left out: only the hash executor has one")
         require(self.tpot_ms is not None or self.chunk != "adaptive", "tpot_ms", "given where chunk is 'adaptive'")
+        names = "'ngram' or 'suffix', each once, separated by commas"
+        require(set(self.drafters) <= set(DRAFTERS) and _differ(self.drafters), "speculative", names)
+        policies = f"one of {', '.join(map(repr, SPECULATES))}"
+        require(self.speculative_policy in SPECULATES, "speculative_policy", policies)
+        require(1 <= self.speculative_depth <= MAX_DEPTH, "speculative_depth", f"from 1 to {MAX_DEPTH}")
+        require(1 <= self.speculative_nodes <= MAX_NODES, "speculative_nodes", f"from 1 to {MAX_NODES}")
         for name in ("max_step_tokens", "max_sequences", "min_chunk_tokens"):
             require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_waiting", "max_preemptions"):
@@ -85,9 +103,18 @@ class EngineConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1, or left out")
 
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Who guesses, in the order of the config."""
+        return tuple(part.strip() for part in self.speculative.split(",")) if self.speculative else ()
+
     def resolve(self, **derived: Any) -> EngineConfig:
         """A new config with what was derived filled in; checked again."""
         return replace(self, **derived)
+
+
+def _differ(names: tuple[str, ...]) -> bool:
+    return len(set(names)) == len(names)
 
 
 def state_secret(folder: Path) -> bytes:

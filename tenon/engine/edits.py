@@ -40,18 +40,29 @@ class Edits:
         self._bad = [np.array(word, np.int32) for word in add.bad_words]
         self._counts_prompt = add.repetition_penalty != 1.0
         self._counts_output = self._counts_prompt or add.frequency_penalty != 0.0 or add.presence_penalty != 0.0
-        self._n_counted = 0
+        self._n_counted = self._n_of_prompt = 0
         self._place: dict[int, int] = {}
         """Of each token counted, its place in the arrays below."""
         self._seen: I32 = np.zeros(0, np.int32)
         self._count: I32 = np.zeros(0, np.int32)
         """How often it stands in the output."""
 
-    def of(self, context: I32, n_prompt: int) -> tuple[I32, U8, F32]:
-        """Token, kind and value of each edit for the token after ``context``, which only ever grows.
+    def of(self, context: I32, n_prompt: int, n_ahead: int = 0) -> tuple[I32, U8, F32]:
+        """Token, kind and value of each edit for the token after ``context``, which only ever grows, but for its last
+        ``n_ahead`` tokens: a guess, of which another may be tried next.
 
         Tokens of neighbours of one kind differ, save where values are added.
         """
+        if not (n_ahead and self._counts_output):
+            return self._of(context, n_prompt)
+        n_sure = len(context) - n_ahead
+        self._take(context[:n_sure], n_prompt)
+        try:
+            return self._of(context, n_prompt)
+        finally:
+            self._give_back(context[n_sure:])
+
+    def _of(self, context: I32, n_prompt: int) -> tuple[I32, U8, F32]:
         add, n_output = self._add, len(context) - n_prompt
         tokens: list[I32] = []
         kinds: list[int] = []
@@ -92,6 +103,7 @@ class Edits:
                 self._seen = np.unique(context[:n_prompt])
                 self._count = np.zeros(len(self._seen), np.int32)
                 self._place = {token: i for i, token in enumerate(self._seen.tolist())}
+                self._n_of_prompt = len(self._place)
         for token in context[self._n_counted :].tolist():
             at = self._place.setdefault(token, len(self._place))
             if at == len(self._seen):
@@ -100,6 +112,15 @@ class Edits:
             self._seen[at] = token
             self._count[at] += 1
         self._n_counted = len(context)
+
+    def _give_back(self, tokens: I32) -> None:
+        """Uncount the last ones."""
+        for token in tokens[::-1].tolist():
+            at = self._place[token]
+            self._count[at] -= 1
+            if at == len(self._place) - 1 and at >= self._n_of_prompt and self._count[at] == 0:
+                del self._place[token]
+        self._n_counted -= len(tokens)
 
 
 def _ends_with(context: I32, tail: I32) -> bool:

@@ -112,6 +112,8 @@ class Engine:
         self._step_s = self._clock.now_s() - begin_s
         self._bookkeeping_s = self._step_s - (result.end_s - result.start_s)
         self.scheduler.chunks.measured(step, self._step_s)
+        if self.scheduler.speculation is not None:
+            self.scheduler.speculation.measured(step, self._step_s)
         return deltas
 
     def stats(self, now_s: float) -> Stats:
@@ -219,4 +221,6 @@ class Engine:
     def close(self) -> None:
         if self._on_close is not None:
             self._on_close()
+        if self.scheduler.speculation is not None:
+            self.scheduler.speculation.close()
         self.executor.close()

@@ -33,6 +33,7 @@ from tenon.engine.structure import Structure
 
 if TYPE_CHECKING:
     from tenon.engine.sequence import Seq
+    from tenon.engine.speculation.tree import Tree
 
 MASK_CPU_S: Final = 1.0
 """Of all masks that are asked for at once; of one sequence's, when it is found out who takes so long."""
@@ -44,6 +45,7 @@ MAX_DEATHS: Final = 2
 """Workers that may end for no known reason before it is found out whose grammar ends them."""
 MAX_WAITING: Final = 32
 """Grammars that may wait to be compiled."""
+NO_MARKS: Final[frozenset[int]] = frozenset()
 _MAX_REPLY: Final = 64 * 2**20
 
 
@@ -169,6 +171,12 @@ class Binding:
         self.may_think = not grammar.thinking and self._open >= 0
         self._n_seen = 0
 
+    @property
+    def marks(self) -> frozenset[int]:
+        """Tokens that may change whether the grammar binds, which nobody guesses: what may follow them is asked for
+        once they are there."""
+        return NO_MARKS if self.grammar.think is None else frozenset(self.grammar.think)
+
     def look(self, output: I32) -> None:
         """Take in what has come; outputs only ever grow."""
         for i in range(self._n_seen, len(output)):
@@ -178,6 +186,10 @@ class Binding:
                 self.start = None
             self.may_think = False
         self._n_seen = len(output)
+
+
+State = tuple[int, "Tree | None"]
+"""Of a sequence: its number of tokens, and what is guessed to follow them."""
 
 
 class Masks:
@@ -195,10 +207,10 @@ class Masks:
         self._worker: LineWorker | None = None
         self._descriptor = -1
         self._shared: U32 = np.zeros((0, self.n_words), np.uint32)
-        self._ready: dict[Seq, tuple[int, U32]] = {}
-        """Of sequences: the mask after so many tokens."""
-        self._asked: list[tuple[Seq, int]] = []
-        """Who is being asked for, and with how many tokens."""
+        self._ready: dict[Seq, tuple[State, U32]] = {}
+        """Of sequences: the mask after so many tokens, and one after each node of what is guessed to follow."""
+        self._asked: list[tuple[Seq, State]] = []
+        """Who is being asked for, and with what."""
         self._asked_s = 0.0
         self._suspects: list[Seq] = []
         self._live: dict[Seq, tuple[int, int]] = {}
@@ -241,9 +253,10 @@ class Masks:
         """For somebody who has nothing else to do: until an answer comes, but not for long."""
         self._collect(IDLE_WAIT_S)
 
-    def rows(self, seqs: Sequence[Seq]) -> U32:
-        """(B, W) a mask for each of these sequences, none of which is late. Whoever has failed gets an empty one."""
-        return np.stack([self._ready[seq][1] for seq in seqs])
+    def rows(self, wanted: Sequence[tuple[Seq, int]]) -> U32:
+        """(B, W) of each of these sequences, none of which is late, its mask and those of the first nodes of its tree, so
+        many in all. Whoever has failed gets empty ones."""
+        return np.concatenate([self._ready[seq][1][:n] for seq, n in wanted])
 
     def take_failed(self) -> dict[int, str]:
         """Sequences that cannot go on, and why; told once."""
@@ -262,7 +275,7 @@ class Masks:
         """Those without a mask for their present tokens; of who thinks freely it is made here."""
         missing: list[Seq] = []
         for seq in bound:
-            if seq in self._ready and self._ready[seq][0] == seq.n_tokens:
+            if seq in self._ready and self._ready[seq][0] == (seq.n_tokens, seq.tree):
                 continue
             binding = _binding(seq)
             binding.look(seq.tokens[seq.n_prompt : seq.n_tokens])
@@ -272,7 +285,7 @@ class Masks:
             mask = np.full(self.n_words, 0xFFFFFFFF, np.uint32)
             for token in seq.request.stop_ids:
                 mask[token // 32] &= np.uint32(0xFFFFFFFF ^ (1 << token % 32))
-            self._ready[seq] = seq.n_tokens, mask
+            self._ready[seq] = _state(seq), np.tile(mask, (_n_masks(seq.tree), 1))
         return missing
 
     def _ask(self, seqs: list[Seq]) -> None:
@@ -281,7 +294,7 @@ class Masks:
         try:
             worker.begin()
         except ResourceError as error:
-            self._asked = [(seq, seq.n_tokens) for seq in seqs]
+            self._asked = [(seq, _state(seq)) for seq in seqs]
             self._lost(str(error))
             return
         if worker.n_started != self._told:
@@ -293,7 +306,8 @@ class Masks:
                 self._suspects.pop(0)
                 return
             seqs = alone
-        seqs = seqs[: self._n_rows]
+        ends = np.cumsum([_n_masks(seq.tree) for seq in seqs])
+        seqs = seqs[: int(np.searchsorted(ends, self._n_rows, side="right"))]
         wanted, grammars = [], {}
         for seq in seqs:
             binding = _binding(seq)
@@ -301,7 +315,8 @@ class Masks:
             if seq not in self._live:
                 self._n_named += 1
             number, n = self._live.get(seq, (self._n_named, 0))
-            wanted.append([number, name, n, seq.tokens[at + n : seq.n_tokens].tolist()])
+            nodes = [] if seq.tree is None else list(zip(seq.tree.parents, seq.tree.tokens, strict=True))
+            wanted.append([number, name, n, seq.tokens[at + n : seq.n_tokens].tolist(), nodes])
             self._live[seq] = number, seq.n_tokens - at
             if name not in self._sent:
                 grammars[name] = binding.grammar.compiled
@@ -315,7 +330,7 @@ class Masks:
             "cpu_s": self._cpu_s,
         }  # fmt: skip
         self._sent = (self._sent | grammars.keys()) & used
-        self._asked, self._asked_s = [(seq, seq.n_tokens) for seq in seqs], self._clock.now_s()
+        self._asked, self._asked_s = [(seq, _state(seq)) for seq in seqs], self._clock.now_s()
         worker.send(request)
         if worker.n_started != self._told:  # it died just now, and another one cannot know what this builds on
             worker.kill()
@@ -343,17 +358,19 @@ class Masks:
             self._lost(None)
             return True
         self._n_deaths = 0
-        for row, (seq, n_tokens) in enumerate(self._asked):
+        row = 0
+        for seq, state in self._asked:
+            first, row = row, row + _n_masks(state[1])
             said = reply["errors"].get(str(self._live[seq][0]))
             if said is not None:
-                self._fail(seq, n_tokens, f"structured output failed: {said}")
+                self._fail(seq, state, f"structured output failed: {said}")
                 continue
-            mask, binding = self._shared[row].copy(), _binding(seq)
+            masks, binding = self._shared[first:row].copy(), _binding(seq)
             if binding.may_think and binding.grammar.think is not None:
                 token = binding.grammar.think[0]
-                mask[token // 32] |= np.uint32(1 << token % 32)
-            self._ready[seq] = n_tokens, mask
-            self.n_masks += 1
+                masks[0, token // 32] |= np.uint32(1 << token % 32)
+            self._ready[seq] = state, masks
+            self.n_masks += row - first
         if self._suspects:
             self._suspects.pop(0)
         self._asked = []
@@ -367,8 +384,8 @@ class Masks:
         if reason is None and len(asked) > 1:
             self._suspects = [seq for seq, _ in asked]
             return
-        for seq, n_tokens in asked:
-            self._fail(seq, n_tokens, reason or "the grammar took too much time or memory at this token")
+        for seq, state in asked:
+            self._fail(seq, state, reason or "the grammar took too much time or memory at this token")
         if self._suspects:
             self._suspects.pop(0)
 
@@ -376,9 +393,9 @@ class Masks:
         self._live.clear()
         self._sent.clear()
 
-    def _fail(self, seq: Seq, n_tokens: int, said: str) -> None:
+    def _fail(self, seq: Seq, state: State, said: str) -> None:
         """With an empty mask it is in the next step, in which nothing can come of it."""
-        self._ready[seq] = n_tokens, np.zeros(self.n_words, np.uint32)
+        self._ready[seq] = state, np.zeros((_n_masks(state[1]), self.n_words), np.uint32)
         self._failed[seq.id] = said
 
     def _worker_now(self) -> LineWorker:
@@ -393,6 +410,15 @@ class Masks:
                 hello=self._vocabulary.hello(), clock=self._clock, keep=(self._descriptor,),
             )  # fmt: skip
         return self._worker
+
+
+def _state(seq: Seq) -> State:
+    return seq.n_tokens, seq.tree
+
+
+def _n_masks(tree: Tree | None) -> int:
+    """Of a sequence: one for its next token, and one for each that may follow what is guessed."""
+    return 1 if tree is None else 1 + len(tree)
 
 
 def begin(masks: Masks | None, add: Add) -> None:

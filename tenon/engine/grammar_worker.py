@@ -3,11 +3,12 @@
 It reads JSON lines and answers each with one. The first says which model's vocabulary it is for; then come
 
     {"compile": kind, "source", "cpu_s"}                       -> {"compiled"} or {"error"}
-    {"fill": [[sequence, grammar, n, tokens], ...], "cpu_s",   -> {"errors": {sequence: message}}
-     "grammars": {name: compiled}, "drop": [sequences], "drop_grammars": [names]}
+    {"fill": [[sequence, grammar, n, tokens, nodes], ...],     -> {"errors": {sequence: message}}
+     "cpu_s", "grammars": {name: compiled}, "drop": [sequences], "drop_grammars": [names]}
 
 A fill takes each sequence, known to have ``n`` tokens in its matcher (0: a new matcher), further by ``tokens`` and
-writes the mask of what may follow into the row of the shared memory that is its place in the list.
+writes the mask of what may follow into the next row of the shared memory; after it a row for each of ``nodes``, pairs
+of parent (-1: the sequence) and token, of what may follow the path down to it. The matcher comes back to where it was.
 
 The libraries are loaded once. A child that is forked afterwards does the work within limits on CPU time, memory,
 files and processes; when it ends by one of them the answer is ``{"killed"}``, and another child, which knows nothing
@@ -101,18 +102,51 @@ class Grammars:
         for name, compiled in request["grammars"].items():
             self._grammars[name] = self._x.CompiledGrammar.deserialize_json(compiled, self._info)
         errors: dict[str, str] = {}
-        for row, (sequence, name, n, tokens) in enumerate(request["fill"]):
+        row = 0
+        for sequence, name, n, tokens, nodes in request["fill"]:
+            first, row = row, row + 1 + len(nodes)
             try:
                 if n == 0:
                     self._matchers[sequence] = self._x.GrammarMatcher(self._grammars[name])
                 matcher = self._matchers[sequence]
                 if not all(matcher.accept_token(token) for token in tokens):
                     raise ValueError("the output has left its grammar")
-                if not matcher.fill_next_token_bitmask(self._masks, row):
-                    self._masks[row] = -1
+                self._write(matcher, first)
+                if nodes:
+                    self._write_nodes(matcher, first + 1, nodes)
             except Exception as error:
                 errors[str(sequence)] = _first_line(error)
         return {"errors": errors}
+
+    def _write(self, matcher: Any, row: int) -> None:
+        if not matcher.fill_next_token_bitmask(self._masks, row):
+            self._masks[row] = -1
+
+    def _write_nodes(self, matcher: Any, first: int, nodes: list[tuple[int, int]]) -> None:
+        """Rows from ``first`` on. What the grammar does not take, and what is below it, gets an empty mask."""
+        at: list[int] = []
+        taken: set[int] = set()
+        for i, (parent, token) in enumerate(nodes):
+            self._masks[first + i] = 0
+            if parent >= 0 and parent not in taken:
+                continue
+            path = [i]
+            while nodes[path[-1]][0] >= 0:
+                path.append(nodes[path[-1]][0])
+            path.reverse()
+            common = next((k for k, (a, b) in enumerate(zip(at, path, strict=False)) if a != b), min(len(at), len(path)))
+            if len(at) > common:
+                matcher.rollback(len(at) - common)
+                del at[common:]
+            for node in path[common:-1]:
+                matcher.accept_token(nodes[node][1])
+                at.append(node)
+            if not matcher.is_terminated() and matcher.accept_token(token):
+                at.append(i)
+                taken.add(i)
+                self._write(matcher, first + i)
+        if at:
+            matcher.rollback(len(at))
 
 
 def _drain(descriptor: int) -> str:

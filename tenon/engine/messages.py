@@ -76,6 +76,8 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     index: int = 0
     outputs: tuple[int, ...] = ()
     again: bool = False
+    speculate: int = -1
+    """How many tokens may be guessed ahead; 0: none, -1: as many as the engine does."""
     embed: Embed | None = None
     """Generate nothing (``max_tokens`` is 0): an ``Embedded`` comes of the prompt, and the request is over."""
 

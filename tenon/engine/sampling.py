@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenon.base import philox
-from tenon.engine.step import EDIT_ADD, EDIT_BAN, F32, SAMPLE, SCORE, Params, Step, StepResult
+from tenon.engine.step import EDIT_ADD, EDIT_BAN, F32, SAMPLE, SCORE, Params, Step, StepResult, guesses
 
 Noise = Callable[[int, int, int, NDArray[np.int64]], NDArray[np.float64]]
 Choose = Callable[[NDArray[np.float32], float, int, int, int], int]
@@ -116,14 +116,17 @@ def sample_rows(
     ``logits_RV`` may lack the step's last outputs: nothing is found out about those.
     ``noise`` and ``fast`` are a backend's quicker ways to the same numbers; ``greedy`` the rows' argmax where it has
     them (-1 where there is none); logits of width 0 say that all rows are greedy and plain. A row that cannot be
-    sampled is an error of its sequence alone.
+    sampled is an error of its sequence alone, and one whose token turns out to be a wrong guess is not sampled.
     """
     result = StepResult.nothing(step, max(0, int(step.params.n_logprobs.max(initial=-1))))
     plain_R = (step.bitmask_index < 0) & (np.diff(step.edit_start) == 0)
     if greedy is not None and plain_R.all() and logits_RV.shape[1] == 0:
         result.ids[: len(greedy)] = greedy
         return result
+    guessed = guesses(step)
     for r in range(len(logits_RV)):
+        if guessed is not None and guessed[r] >= 0 and result.ids[guessed[r]] != step.tok[step.out_row[r]]:
+            continue
         p = int(step.params_index[r])
         n_logprobs = int(step.params.n_logprobs[p])
         try:

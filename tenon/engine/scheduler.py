@@ -10,7 +10,7 @@ all blocks it can ever need are free, takes them at once, and is left alone: pre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from tenon.base.errors import IntegrityError, Overloaded, RequestError
 from tenon.engine.admission import check
 from tenon.engine.assemble import Assembler, Span
-from tenon.engine.blocks import DIGEST_BYTES, BlockPool, root_digest
+from tenon.engine.blocks import BlockPool, root_digest
 from tenon.engine.chunks import Chunks
 from tenon.engine.config import EngineConfig
 from tenon.engine.counters import Counters
@@ -35,7 +35,10 @@ from tenon.engine.recompute import CostOf, alike
 from tenon.engine.reuse import hold, resident, runs_of, turn_of
 from tenon.engine.scoring import output_scores, told, with_scores
 from tenon.engine.sequence import Request, Seq, State
+from tenon.engine.speculation.speculation import Speculation
+from tenon.engine.speculation.tree import Tree, walk
 from tenon.engine.step import Step, StepResult
+from tenon.engine.tables import Move, Tables
 from tenon.models.spec import KVGroup
 
 RUNNING = State.RUNNING  # looked up for each sequence in each step, which an Enum makes slow
@@ -61,10 +64,12 @@ class Scheduler:
         chunks: Chunks | None = None,
         make_evict: Callable[[], Evict] | None = None,
         masks: Masks | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """``cost_of``: what a block at a position costs to compute once more, for policies to weigh. ``chunks``: rows
         of each step; by default the config's policy, which learns what steps take. ``make_evict``: another eviction
-        policy than the config's. ``masks``: of grammars; without, no request may have one."""
+        policy than the config's. ``masks``: of grammars; without, no request may have one. ``speculation``: drafts what
+        running sequences may say next; without, each step gives each of them one token."""
         self.config = config
         self.model = model
         self.vocab_size = vocab_size
@@ -73,7 +78,9 @@ class Scheduler:
         self.weights_version = 0
         make_evict = make_evict or partial(POLICIES[config.evict], n_blocks)
         self.cost_of = cost_of
-        self.pools = [BlockPool(n_blocks, config.block_tokens, make_evict, cost_of) for _ in groups]
+        pools = [BlockPool(n_blocks, config.block_tokens, make_evict, cost_of) for _ in groups]
+        self.tables = Tables(pools, config.block_tokens, publishes=config.prefix_cache)
+        self.speculation = speculation
         self.explain = Explainer(config.evict, cost_of, on=config.prefix_cache)
         self.requests: dict[str, Request] = {}
         self.waiting: list[Seq] = []
@@ -87,7 +94,6 @@ class Scheduler:
         self._secret = secret
         self._order = self._next_seq = 0
         self._spans: list[Span] = []
-        self._moves: list[tuple[int, int, int]] = []
         self._lane: Lane | None = None
         self.masks = masks
         self._n_bound, self._late = 0, NOBODY_LATE
@@ -107,9 +113,12 @@ class Scheduler:
         root = root_digest(self._secret, self.model, str(self.weights_version), add.tenant)
         stop_ids = frozenset(add.stop_ids) | (frozenset() if add.ignore_eos else self.eos_ids)
         request = Request(add, self._order, self._secret, root, stop_ids)
+        max_tree = 0 if self.speculation is None else self.speculation.max_nodes
         self._order += 1
         for index in range(add.index, add.index + add.n):
-            request.seqs.append(Seq(self._next_seq, request, index, len(self.pools), self.config.block_tokens))
+            request.seqs.append(
+                Seq(self._next_seq, request, index, len(self.pools), self.config.block_tokens, max_tree)
+            )
             self._next_seq += 1
         self.requests[add.request_id] = request
         self.waiting.append(request.seqs[0])
@@ -143,7 +152,19 @@ class Scheduler:
             self.abort(request_id)
         for pool in self.pools:
             pool.forget()
+        self.tables.moves.clear()
+        if self.speculation is not None:
+            self.speculation.reset()
         return dropped
+
+    @property
+    def pools(self) -> list[BlockPool]:
+        """Of the KV groups."""
+        return self.tables.pools
+
+    @pools.setter
+    def pools(self, pools: list[BlockPool]) -> None:
+        self.tables.pools = pools
 
     @property
     def has_work(self) -> bool:
@@ -159,43 +180,48 @@ class Scheduler:
     def schedule(self, now_s: float) -> Step | None:
         """The next step, or None when there is nothing to compute. Blocks are reserved for all its rows."""
         self.at(now_s)
+        n_guessed = 0 if self.speculation is None else self._draft(self.speculation)
         late = self._late = self.masks.late(self.running, self.waiting) if self.masks and self._n_bound else NOBODY_LATE
-        lane = self._lane if not late or late.isdisjoint(seq.id for seq in self.running) else None
+        lane = self._lane if not n_guessed else None
+        if lane is not None and late and not late.isdisjoint(seq.id for seq in self.running):
+            lane = None
         if lane is not None and lane.reserve(self.pools):
-            self._spans, self._moves = lane.spans, []
+            self._spans = lane.spans
             if self.waiting:
                 self._spans = list(lane.spans)
                 self._admit(self.chunks.budget(lane.seqs, (), self.waiting) - len(lane.spans))
             if self._lane is not lane:
-                return self._assembled()
+                return self._assembled(self.tables.take_moves())
             self.counters.steps += 1
             return self._assembler.further(self.counters.steps, self.weights_version, *lane.rows)
         self.leave_lane()
         self.pending.begin_step()
         size = self.config.block_tokens
-        self._spans, self._moves = [], []
+        self._spans = []
         n_preempted = self.counters.preemptions
         decodes: list[Seq] = []
         prefills: list[Seq] = []
         for seq in self.running:
             (decodes if seq.is_decoding else prefills).append(seq)
-        budget = self.chunks.budget(decodes, prefills, self.waiting)
+        budget = min(self.config.max_step_tokens, self.chunks.budget(decodes, prefills, self.waiting) + n_guessed)
         for seq in decodes:
-            if budget == 0:
+            if budget <= 0:
                 break
             if seq.state is not RUNNING or seq.id in late:
                 continue
             fits = seq.n_tokens <= seq.n_blocks * size and not seq.may_share  # all but always, so it is seen here
             if fits or self._reserve(seq, seq.n_tokens):
                 self._spans.append(Span(seq, seq.n_computed, 1, seq.heirs))
-                budget -= 1
+                budget -= 1 if seq.tree is None else 1 + len(seq.tree)
         for seq in prefills:  # their blocks were taken when they came in
-            if budget == 0:
+            if budget <= 0:
                 break
             if seq.state is RUNNING and seq.id not in late:
                 budget -= self._span_runs(seq, budget)
         if self.counters.preemptions == n_preempted:
             self._admit(budget)
+        if n_guessed:
+            self._grow_trees()
         if not self._spans:
             if late and self.masks is not None:
                 self.masks.wait()
@@ -203,12 +229,34 @@ class Scheduler:
             if self.has_work:
                 raise IntegrityError("there is work, but no span could be scheduled")
             return None
-        self._lane = None if self._moves else Lane.open(self._spans, len(self.running))
-        return self._assembled()
+        moves = self.tables.take_moves()
+        self._lane = None if moves else Lane.open(self._spans, len(self.running))
+        return self._assembled(moves)
 
-    def _assembled(self) -> Step:
+    def _draft(self, speculation: Speculation) -> int:
+        """Trees for the sequences that decode; returns how many nodes they have."""
+        decodes = self._lane.seqs if self._lane is not None else [seq for seq in self.running if seq.is_decoding]
+        if not decodes:
+            return 0
+        n_others = len(self.running) - len(decodes) + len(self.waiting)
+        # Whatever is guessed, one row is left for a prompt.
+        most = self.config.max_step_tokens - len(decodes) - bool(n_others)
+        return speculation.draft(decodes, most)
+
+    def _grow_trees(self) -> None:
+        """The trees of the step's sequences, as far as there are blocks for them: nobody gives way for a guess."""
+        for span in self._spans:
+            tree = span.seq.tree
+            if tree is None:
+                continue
+            seq = span.seq
+            tree = tree.cut(self.tables.room(seq, seq.n_tokens + len(tree)) - seq.n_tokens)
+            if len(tree):
+                span.tree, span.n = tree, 1 + len(tree)
+
+    def _assembled(self, moves: list[Move]) -> Step:
         self.counters.steps += 1
-        step = self._assembler.step(self.counters.steps, self.weights_version, self._spans, self._moves)
+        step = self._assembler.step(self.counters.steps, self.weights_version, self._spans, moves)
         return with_hidden(with_scores(step, self._spans), self._spans)
 
     def leave_lane(self) -> None:
@@ -285,38 +333,15 @@ class Scheduler:
 
     def _reserve(self, seq: Seq, n_tokens: int) -> bool:
         """Blocks for positions up to ``n_tokens``, the one written next private; preempts later arrivals for it."""
-        size = self.config.block_tokens
-        n_blocks = -(-n_tokens // size)
-
-        def shares_partial() -> bool:
-            i = seq.n_computed // size
-            return i < seq.n_blocks and self.pools[0].ref[seq.tables[0][i]] > 1
-
-        # A pinned sequence holds blocks beyond ``n_tokens``: those are no credit towards the copy of a shared one.
-        if n_blocks <= seq.n_blocks and not shares_partial():
-            seq.may_share = False
-            return True
-        while min(pool.n_available for pool in self.pools) < max(0, n_blocks - seq.n_blocks) + shares_partial():
+        while (n_lacking := self.tables.n_lacking(seq, n_tokens)) > self.tables.n_available:
             victim = self._victim(seq)
             if victim is None:
                 return False
             self._preempt(victim)
-        if shares_partial():
-            self._copy_on_write(seq, seq.n_computed // size)
-        for pool, table in zip(self.pools, seq.tables, strict=True):
-            for i in range(seq.n_blocks, n_blocks):
-                table[i] = pool.take()
-        seq.n_blocks = max(seq.n_blocks, n_blocks)
+        if n_lacking:
+            self.tables.reserve(seq, n_tokens)
         seq.may_share = False
         return True
-
-    def _copy_on_write(self, seq: Seq, i: int) -> None:
-        size = self.config.block_tokens
-        for group, (pool, table) in enumerate(zip(self.pools, seq.tables, strict=True)):
-            old, new = int(table[i]), pool.take()
-            pool.release(old)
-            table[i] = new
-            self._moves.extend((group, old * size + k, new * size + k) for k in range(seq.n_computed % size))
 
     def _victim(self, seq: Seq) -> Seq | None:
         """The latest arrival after ``seq`` that is neither in this step nor pinned."""
@@ -331,11 +356,11 @@ class Scheduler:
     def _preempt(self, seq: Seq) -> None:
         self.leave_lane()
         self.pending.leave(seq)
-        self._release(seq)
+        self.tables.release(seq)
         self.running.remove(seq)
         seq.state = State.WAITING
         seq.n_computed = seq.n_published = 0
-        seq.ahead, seq.looked_up = [], None
+        seq.ahead, seq.looked_up, seq.tree = [], None, None
         seq.n_preempted += 1
         self.counters.preemptions += 1
         self.waiting.append(seq)
@@ -358,13 +383,19 @@ class Scheduler:
             fails = seq.id in failed
             # Where somebody who was to compute what is below these rows in this step did not, they come to nothing.
             if seq.state is not RUNNING or fails or span.start != seq.n_computed:
-                row += len(targets)
+                row += span.n_outputs
                 if fails and seq.state is RUNNING:
                     deltas.extend(self._fail(seq.request, failed[seq.id]))
                 continue
+            seq.tree = None  # whether it was in the step or not
+            if span.tree is not None:
+                deltas.append(self._verified(seq, span.tree, ids[row : row + span.n], row, result))
+                row += span.n
+                n_new += len(deltas[-1].ids)
+                continue
             seq.computed_to(span.start + span.n)
             if seq.n_computed >= (seq.n_published + 1) * size:
-                self._publish(seq)
+                self.tables.publish(seq)
             if seq.claimed:
                 self._hand_over(seq)
             if len(targets) > 1:
@@ -392,9 +423,9 @@ class Scheduler:
         full = lane.full
         for row in sorted(to_look_at.union(full)) if to_look_at else full:
             if row in full:
-                self._publish(lane.seqs[row])
+                self.tables.publish(lane.seqs[row])
             if row in to_look_at:
-                deltas[row] = self._tell(lane.seqs[row], ids[row], row, result)
+                deltas[row] = self._tell(lane.seqs[row], (ids[row],), (row,), result)
         self.counters.output_tokens += len(ids)
         self._spans = []
         return deltas
@@ -402,23 +433,45 @@ class Scheduler:
     def _append(self, seq: Seq, token: int, r: int, result: StepResult) -> Delta:
         """Output ``r`` of the step was ``token``, and it is this sequence's."""
         seq.tokens[seq.n_tokens], seq.n_tokens = token, seq.n_tokens + 1
-        return self._tell(seq, token, r, result)
+        return self._tell(seq, (token,), (r,), result)
 
-    def _tell(self, seq: Seq, token: int, r: int, result: StepResult) -> Delta:
-        """What the newest token means for its sequence, which ends with some."""
+    def _verified(self, seq: Seq, tree: Tree, sampled: list[int], r: int, result: StepResult) -> Delta:
+        """What of its tree came true is the sequence's, and one token more. ``sampled``: from output ``r`` on."""
+        start, path = seq.n_computed, walk(tree, sampled)
+        rows = [0, *(node + 1 for node in path)]
+        tokens = [sampled[row] for row in rows]
+        end = seq.n_tokens + len(tokens)
+        seq.tokens[seq.n_tokens : end] = tokens
+        seq.n_tokens = end
+        for k, row in enumerate(rows):
+            if k != row:
+                self.tables.move(seq, start + row, start + k)
+        seq.computed_to(start + len(rows))
+        if seq.n_computed >= (seq.n_published + 1) * self.config.block_tokens:
+            self.tables.publish(seq)
+        if self.speculation is not None:
+            self.speculation.verified(seq, tree, path)
+        delta = self._tell(seq, tuple(tokens), [r + row for row in rows], result)
+        if seq.state is RUNNING:
+            self.tables.trim(seq)
+        return delta
+
+    def _tell(self, seq: Seq, tokens: tuple[int, ...], outputs: Sequence[int], result: StepResult) -> Delta:
+        """What the newest tokens, those of these ``outputs``, mean for their sequence, which ends with some."""
         request = seq.request
         add = request.add
+        token = tokens[-1]  # those before it were guessed, which is never done of one that ends a sequence
         stops = token in request.stop_ids
         if not stops and seq.n_tokens - seq.n_prompt < add.max_tokens and add.n_logprobs < 0:
-            return Delta(add.request_id, seq.index, (token,), cached_tokens=request.cached_tokens)
+            return Delta(add.request_id, seq.index, tokens, cached_tokens=request.cached_tokens)
         reason = "stop" if stops else "length" if seq.n_output >= add.max_tokens else None
-        logprobs, top = output_scores(result, r, add.n_logprobs)
+        logprobs, top = output_scores(result, outputs, add.n_logprobs)
         if reason is not None:
             self._leave(seq)
             if request.n_unfinished == 0:
                 self._end(request, reason)
         stop_id = token if stops else None
-        return Delta(add.request_id, seq.index, (token,), reason, stop_id, logprobs, top, request.cached_tokens)
+        return Delta(add.request_id, seq.index, tokens, reason, stop_id, logprobs, top, request.cached_tokens)
 
     def _fail(self, request: Request, message: str) -> list[Delta]:
         lost = [seq for seq in request.seqs if seq.state is not State.FINISHED]
@@ -428,37 +481,15 @@ class Scheduler:
         return [Delta(request.add.request_id, seq.index, (), "error", error=message) for seq in lost]
 
     def _fork(self, first: Seq) -> None:
-        """The prompt is computed: siblings share its blocks; the partial one is copied by whoever writes first.
-
-        Blocks that a pinned sequence holds in advance are its own.
-        """
-        n_blocks = -(-first.n_computed // self.config.block_tokens)
+        """The prompt is computed: siblings share its blocks."""
         for sibling in first.request.seqs[1:]:
-            for pool, source, table in zip(self.pools, first.tables, sibling.tables, strict=True):
-                for i in range(n_blocks):
-                    pool.share(int(source[i]))
-                table[:n_blocks] = source[:n_blocks]
-            sibling.n_blocks = n_blocks
-            sibling.n_computed = first.n_computed
-            sibling.n_published = first.n_published
+            self.tables.fork(first, sibling)
             sibling.turn = first.turn
-            sibling.digests = first.digests[: first.n_published]
-            sibling.state = RUNNING
-            sibling.may_share = first.may_share = True
             self.running.append(sibling)
         self.running.sort(key=lambda s: (s.request.order, s.index))
         for seq in first.request.seqs:
             seq.heirs = [seq]
         first.request.forked = True
-
-    def _publish(self, seq: Seq) -> None:
-        if not self.config.prefix_cache:
-            return
-        for i in range(seq.n_published, seq.n_computed // self.config.block_tokens):
-            digest, content = seq.key_and_content(i)
-            for pool, table in zip(self.pools, seq.tables, strict=True):
-                pool.publish(int(table[i]), digest, content, i * pool.block_tokens, content[:DIGEST_BYTES], seq.turn)
-            seq.n_published = i + 1
 
     def _hand_over(self, seq: Seq) -> None:
         """What the sequence has computed is there for those who waited for it."""
@@ -473,21 +504,17 @@ class Scheduler:
 
     # -- endings --------------------------------------------------------------------------------------------
 
-    def _release(self, seq: Seq) -> None:
-        for pool, table in zip(self.pools, seq.tables, strict=True):
-            for block in table[: seq.n_blocks][::-1].tolist():
-                pool.release(block, seq.n_tokens)
-        seq.n_blocks = 0
-
     def _leave(self, seq: Seq) -> None:
         if seq.state is RUNNING:
             self.leave_lane()
             self.pending.leave(seq)
-            self._release(seq)
+            self.tables.release(seq)
             self.running.remove(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)
-        seq.state = State.FINISHED
+        seq.state, seq.tree = State.FINISHED, None
+        if self.speculation is not None:
+            self.speculation.forget(seq)
 
     def _end(self, request: Request, reason: str) -> None:
         del self.requests[request.add.request_id]

@@ -52,7 +52,7 @@ def with_scores(step: Step, spans: Sequence[Span]) -> Step:
 def told(spans: Sequence[Span], result: StepResult) -> list[PromptScores]:
     """What the step scored, of the sequences that are still there; they remember that it was."""
     found: list[PromptScores] = []
-    at, r = 0, sum(len(span.targets) for span in spans)
+    at, r = 0, sum(span.n_outputs for span in spans)
     for span in spans:
         seq = span.seq
         scored = positions(span)
@@ -74,10 +74,11 @@ def told(spans: Sequence[Span], result: StepResult) -> list[PromptScores]:
 
 
 def output_scores(
-    result: StepResult, r: int, k: int
+    result: StepResult, outputs: Sequence[int], k: int
 ) -> tuple[tuple[float, ...], tuple[tuple[tuple[int, float], ...], ...]]:
-    """The log-probability of output ``r``'s token and its ``k`` best alternatives; nothing where ``k`` is -1."""
+    """The log-probabilities of the tokens of ``outputs`` and of each the ``k`` best alternatives; nothing where ``k`` is
+    -1."""
     if k < 0:
         return (), ()
-    best = zip(result.top_ids[r, :k].tolist(), result.top_logprobs[r, :k].tolist(), strict=True)
-    return (float(result.logprobs[r]),), (tuple(best),)
+    found = [zip(result.top_ids[r, :k].tolist(), result.top_logprobs[r, :k].tolist(), strict=True) for r in outputs]
+    return tuple(result.logprobs[list(outputs)].tolist()), tuple(tuple(best) for best in found)

@@ -20,6 +20,7 @@ from tenon.engine.blocks import chain_digest
 from tenon.engine.edits import Edits, wanted
 from tenon.engine.grammar import Binding
 from tenon.engine.messages import Add
+from tenon.engine.speculation.tree import Tree
 from tenon.engine.step import F64, I32
 
 
@@ -32,7 +33,10 @@ class State(Enum):
 class Seq:
     """One sequence of a request: its tokens, its block table per KV group, how far it is computed."""
 
-    def __init__(self, seq_id: int, request: Request, index: int, n_groups: int, block_tokens: int) -> None:
+    def __init__(
+        self, seq_id: int, request: Request, index: int, n_groups: int, block_tokens: int, max_tree: int = 0
+    ) -> None:
+        """``max_tree``: nodes that a tree of it may have."""
         room = len(request.add.prompt) + request.add.max_tokens
         self.id = seq_id
         self.request = request
@@ -51,7 +55,8 @@ class Seq:
         self.looked_up: tuple[int, int] | None = None
         """While it waits in vain: resident blocks when it was last looked up, and blocks ever published by then."""
         self.block_tokens = block_tokens
-        self.tables: list[I32] = [np.zeros(-(-room // block_tokens), np.int32) for _ in range(n_groups)]
+        n_entries = -(-(room + max_tree) // block_tokens)
+        self.tables: list[I32] = [np.zeros(n_entries, np.int32) for _ in range(n_groups)]
         self.n_blocks = 0
         self.digests: list[bytes] = []
         self.n_published = 0
@@ -69,6 +74,8 @@ class Seq:
         self.to_score = index == 0 and request.add.prompt_logprobs >= 0 and self.n_prompt > 1
         self.may_share = False
         """Whether siblings may hold the block that it writes next; only then need anyone look."""
+        self.tree: Tree | None = None
+        """What was drafted to follow its tokens, until a step has verified it."""
         self.state = State.WAITING
         self.edits = Edits(request.add, request.stop_ids) if wanted(request.add) else None
         """What is done to its logits before a token is sampled from them."""
@@ -82,6 +89,18 @@ class Seq:
     @property
     def n_output(self) -> int:
         return self.n_tokens - self.n_prompt
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may still get."""
+        return self.n_prompt + self.request.add.max_tokens - self.n_tokens
+
+    def context(self, ahead: list[int]) -> I32:
+        """Its tokens and, after them, fewer than ``room`` others, for a moment: they stand where its next ones will."""
+        end = self.n_tokens + len(ahead)
+        if ahead:
+            self.tokens[self.n_tokens : end] = ahead
+        return self.tokens[:end]
 
     @property
     def n_slots(self) -> int:

@@ -9,6 +9,9 @@ bytes (``Step.pack`` / ``Step.unpack``). Rules an executor keeps:
   row sees the positions up to its tree's root (the ancestor with parent -1), its ancestors and itself. A group's
   window applies to both.
 - Outputs that are only scored come after all others, and after them those whose hidden states alone are wanted.
+- Of rows in one span that follow one another and are all sampled from, one after the other is a guess of what the one
+  before gives: see :func:`guesses`. Where the guess is wrong, nothing need be sampled.
+- Moves are made all at once, and once for a step's ``id``: a step that is computed again, or in parts, has made them.
 - Padding rows write to the null block 0.
 
 Lengths: T rows, S spans, R outputs, P rows of the parameter table, B bit masks, V vocabulary.
@@ -16,7 +19,7 @@ Lengths: T rows, S spans, R outputs, P rows of the parameter table, B bit masks,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -133,6 +136,14 @@ class Step:
     def n_outputs(self) -> int:
         return len(self.out_row)
 
+    @property
+    def has_moves(self) -> bool:
+        return any(len(group.moves) for group in self.groups)
+
+    def without_moves(self) -> Step:
+        """The same step once its moves have been made."""
+        return replace(self, groups=tuple(replace(group, moves=group.moves[:0]) for group in self.groups))
+
     def pack(self) -> bytes:
         """The step as bytes: equal steps give equal bytes."""
         return msgspec.msgpack.encode(_to_plain(self))
@@ -147,6 +158,21 @@ class Step:
             return _from_plain(Step, raw)
         except _MALFORMED as error:
             raise ProtocolError(f"these {len(data)} bytes are not a Step: {error}") from error
+
+
+def guesses(step: Step) -> list[int] | None:
+    """Of each output that is sampled, the output whose sample its row's token is a guess of, or -1: that of its parent
+    in the tree, or of the row before it in its span. None where no step has any."""
+    n = int(np.count_nonzero(step.want & SAMPLE)) if len(step.want) else 0
+    if n <= len(step.seq) and not (step.parent >= 0).any():
+        return None  # a span that is sampled from twice has two outputs
+    row = step.out_row[:n]
+    output_of = np.full(step.n_rows + 1, -1, np.int32)
+    output_of[row] = np.arange(n)
+    before = np.where(step.parent >= 0, step.parent, np.arange(step.n_rows) - 1)
+    before[step.q_start[:-1]] = -1
+    found = output_of[before[row]]
+    return found.tolist() if (found >= 0).any() else None
 
 
 _MALFORMED: Final = (

@@ -26,6 +26,7 @@ from tenon.engine.messages import Add
 from tenon.engine.recompute import CostOf, alike
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.sequence import Seq
+from tenon.engine.speculation.build import build_speculation
 from tenon.engine.step import SAMPLE, GroupStep, Params, Step
 from tenon.models.checkpoint import load_decoder
 from tenon.models.spec import KVGroup
@@ -190,6 +191,7 @@ def engine(
         secret=b"k" * 32,
         cost_of=cost_of,
         masks=masks,
+        speculation=build_speculation(config, {1: 1e-3}),
     )
     return Engine(config, Identity("m", vocab_size, eos_ids, longest, 0, n_blocks, {}), scheduler, executor)
 

@@ -98,7 +98,7 @@ def test_parts_cover_the_step_whatever_is_in_it() -> None:
         step = made.scheduler.schedule(0.0)
         assert step is not None
         seqs = list(dict.fromkeys(step.seq.tolist()))
-        parts = [only(step, step.seq == seq, moves=i == 0) for i, seq in enumerate(seqs)]
+        parts = [only(step, step.seq == seq) for seq in seqs]
         results = [made.executor.poll(made.executor.submit(Step.unpack(part.step.pack()))) for part in parts]
         again = joined(step, list(zip(parts, results, strict=True)), {})
         whole = made.executor.poll(made.executor.submit(step))  # computing twice changes nothing

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -33,12 +32,21 @@ ITEM_ROWS = 16
 def roots(step: Step) -> I32:
     """(T,) the position up to which a row reads through its block table: its own, or its tree root's."""
     base = step.pos.copy()
-    for row in np.flatnonzero(step.parent >= 0):
-        if step.parent[row] >= row or step.pos[row] != step.pos[step.parent[row]] + 1:
-            raise IntegrityError(f"tree row {row} must follow its parent, one position further")
-        base[row] = base[step.parent[row]]
-    if step.n_rows and (step.pos - base).max() > MAX_DEPTH:
-        raise IntegrityError(f"a tree is {(step.pos - base).max()} rows deep; the kernel takes {MAX_DEPTH}")
+    in_tree = np.flatnonzero(step.parent >= 0)
+    if not len(in_tree):
+        return base
+    parent = step.parent[in_tree]
+    wrong = (parent >= in_tree) | (step.pos[in_tree] != step.pos[parent] + 1)
+    if wrong.any():
+        raise IntegrityError(f"tree row {in_tree[wrong][0]} must follow its parent, one position further")
+    up = step.parent.copy()
+    up[up < 0] = np.flatnonzero(up < 0)  # a root is its own parent
+    while not np.array_equal(further := up[up], up):
+        up = further
+    base[in_tree] = step.pos[up[in_tree]]
+    deepest = int((step.pos - base).max())
+    if deepest > MAX_DEPTH:
+        raise IntegrityError(f"a tree is {deepest} rows deep; the kernel takes {MAX_DEPTH}")
     return base
 
 
@@ -51,16 +59,20 @@ def cut(step: Step) -> tuple[I32, I32, I32]:
         first = np.repeat(np.cumsum(n_items) - n_items, n_items)
         row = step.q_start[span] + (np.arange(len(span), dtype=np.int32) - first) * ITEM_ROWS
         return span, row.astype(np.int32), np.minimum(step.q_start[span + 1] - row, ITEM_ROWS).astype(np.int32)
-    made: list[tuple[int, int, int]] = []
-    for s, (at, end) in enumerate(pairwise(step.q_start.tolist())):
-        while at < end:
-            take = min(ITEM_ROWS, end - at)
-            trees = np.flatnonzero(step.parent[at : at + take] >= 0)
-            take = max(1, int(trees[0])) if len(trees) else take
-            made.append((s, at, take))
-            at += take
-    span, row, n = np.array(made, np.int32).T.copy()
-    return span, row, n
+    # An item begins where a span does, at a row of a tree, after one, and every ITEM_ROWS rows of a run.
+    in_tree = step.parent >= 0
+    begins = in_tree.copy()
+    begins[1:] |= in_tree[:-1]
+    begins[step.q_start[:-1]] = True
+    at = np.flatnonzero(begins)
+    length = np.diff(np.append(at, step.n_rows))
+    n_items = -(-length // ITEM_ROWS)
+    first = np.repeat(np.cumsum(n_items) - n_items, n_items)
+    offset = (np.arange(len(first)) - first) * ITEM_ROWS
+    row = np.repeat(at, n_items) + offset
+    n = np.minimum(np.repeat(length, n_items) - offset, ITEM_ROWS)
+    span = np.searchsorted(step.q_start, row, side="right") - 1
+    return span.astype(np.int32), row.astype(np.int32), n.astype(np.int32)
 
 
 @dataclass

@@ -60,6 +60,7 @@ class HashExecutor:
         self._last: dict[int, int] = {}
         self._results: dict[Ticket, StepResult] = {}
         self.n_steps = 0
+        self._moved = -1
 
     @property
     def caps(self) -> Caps:
@@ -69,6 +70,7 @@ class HashExecutor:
         self._block_tokens = groups[0].block_tokens
         self._slots = [np.full(n_blocks * g.block_tokens, EMPTY, np.int32) for g in groups]
         self._windows = [g.window for g in groups]
+        self._moved = -1
 
     def logits(self, context: I32) -> np.ndarray:
         """(V,) scores of the token after ``context``: a function of nothing else."""
@@ -99,9 +101,11 @@ class HashExecutor:
         for row in np.flatnonzero(tok == -1):
             tok[row] = self._last[int(step.seq[span[row]])]
         for slots, group in zip(self._slots, step.groups, strict=True):
-            if len(group.moves):
+            if len(group.moves) and step.id != self._moved:
                 slots[group.moves[:, 1]] = slots[group.moves[:, 0]]
             slots[group.slot] = tok
+        if step.has_moves:
+            self._moved = step.id
         rows = [self._visible(step, span, tok, int(row)) for row in step.out_row]
         n = int(np.count_nonzero(step.want != HIDDEN))
         found = [self.logits(row) for row in rows[:n]]

@@ -1,6 +1,7 @@
 """An exception in a step costs the sequence that raises it, and nobody else.
 
-A step that raises is computed again, a sequence at a time; what a step does to the cache it can do twice. A sequence
+A step that raises is computed again, a sequence at a time; what a step writes it can write twice, and its moves are made
+once for all parts. A sequence
 that raises alone is told so. Where nothing at all can be computed any more, the exception goes on: the process ends and
 another one takes over.
 """
@@ -64,8 +65,8 @@ class Isolated:
         seqs = list(dict.fromkeys(step.seq.tolist()))
         parts: list[tuple[Part, StepResult]] = []
         errors: dict[int, str] = {}
-        for i, seq in enumerate(seqs):
-            part = only(step, step.seq == seq, moves=i == 0)
+        for seq in seqs:
+            part = only(step, step.seq == seq)
             try:
                 parts.append((part, self.inner.poll(self.inner.submit(part.step))))
             except Exception as own:
@@ -87,8 +88,9 @@ class Part:
         self.step, self.outputs, self.scores = step, outputs, scores
 
 
-def only(step: Step, spans: Mask, *, moves: bool) -> Part:
-    """The step with these spans alone. ``moves``: with all copies between blocks, which belong to no span."""
+def only(step: Step, spans: Mask) -> Part:
+    """The step with these spans alone, and with all copies between blocks, which belong to no span and are made
+    once."""
     rows = np.repeat(spans, np.diff(step.q_start))
     place = np.cumsum(rows, dtype=np.int32) - np.int32(1)
     outputs = rows[step.out_row]
@@ -100,8 +102,8 @@ def only(step: Step, spans: Mask, *, moves: bool) -> Part:
             slot=group.slot[rows],
             table_start=_starts(np.diff(group.table_start)[spans]),
             table=group.table[np.repeat(spans, np.diff(group.table_start))],
-            moves=group.moves if moves else group.moves[:0],
-            transfers=group.transfers if moves else group.transfers[:0],
+            moves=group.moves,
+            transfers=group.transfers,
         )
         for group in step.groups
     )

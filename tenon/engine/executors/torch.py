@@ -43,6 +43,8 @@ SCRATCH_BYTES: Final = 256 * 2**20
 """Left free beside the cache for a step's activations."""
 
 
+NO_STEP: Final = -1
+"""The ``id`` of none."""
 SCORED_AT_ONCE: Final = 64
 """Rows of a prompt whose logits are held at the same time."""
 
@@ -113,6 +115,8 @@ class TorchExecutor:
             self._attention = self._torch_attention()
         self._install(model, on_phase)
         self._last: dict[int, int] = {}
+        self._moved = NO_STEP
+        """The last step whose moves were made."""
         self._results: dict[Ticket, StepResult] = {}
 
     @classmethod
@@ -211,6 +215,7 @@ class TorchExecutor:
         return max(0, free_memory() - SCRATCH_BYTES)
 
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
+        self._moved = NO_STEP
         self._attention.allocate(groups, n_blocks)
 
     @torch.inference_mode()
@@ -222,7 +227,11 @@ class TorchExecutor:
             tok = tok.copy()
             for row in np.flatnonzero(tok < 0):
                 tok[row] = self._last[int(step.seq[span[row]])]
+        if step.id == self._moved:
+            step = step.without_moves()
         self._attention.begin(step)
+        if step.has_moves:
+            self._moved = step.id
         tok_T = torch.from_numpy(tok.astype(np.int64)).to(self._device)
         pos_T = torch.from_numpy(step.pos.astype(np.int64)).to(self._device)
         return self.forward.hidden(tok_T, pos_T)

@@ -1,0 +1,104 @@
+"""How likely guesses are to come true, learned from those that were verified.
+
+    P(node is true | its parent is) = sigmoid(a[depth] + b logit(q) + c [rank > 0])
+
+for each kind of guess and each range of temperatures; siblings together at most 1. A path's probability is the product
+along it, so a node is never likelier than its parent. Only nodes whose parents came true teach anything. Weights move by
+gradient steps whose sizes fall with what was seen, down to a floor, so that a change of text or of temperature is
+followed.
+
+Shapes: n sequences, C columns, K kinds of guesses, N observations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenon.engine.policies.forest import F32, Forest
+
+F64 = NDArray[np.float64]
+
+WARM: Final = (0.0, 0.5, 0.9)
+"""Temperatures up to which a range goes; the last one has no end."""
+DEPTHS: Final = 16
+"""Depths that are told apart; deeper ones count as the last."""
+BATCH: Final = 32
+"""Observations that are learned from together."""
+LEAST: Final = 0.02
+"""Of the step towards an observation, the least."""
+LOW: Final = 1e-3
+HIGH: Final = 0.99
+"""What a probability is held between: nothing is sure."""
+
+
+def warmth(temperature: float) -> int:
+    """The range of a temperature."""
+    return next((i for i, bound in enumerate(WARM) if temperature <= bound), len(WARM))
+
+
+Observation = tuple[int, int, int, float, int, bool]
+"""Kind of guess, warmth, depth, q, rank, whether it came true."""
+
+
+class Calibrator:
+    """Of ``n_kinds`` kinds of guesses. Begins by believing ``q``."""
+
+    def __init__(self, n_kinds: int) -> None:
+        shape = n_kinds, len(WARM) + 1
+        self._a = np.zeros((*shape, DEPTHS))
+        self._b, self._c = np.ones(shape), np.zeros(shape)
+        self._n_a = np.zeros((*shape, DEPTHS))
+        self._n = np.zeros(shape)
+        self._seen: list[Observation] = []
+
+    def probabilities(self, kind: NDArray, warm: NDArray, depth: NDArray, q: NDArray, rank: NDArray) -> F64:
+        """Of nodes whose parents are true; all arrays of one shape."""
+        x = np.clip(q, LOW, HIGH).astype(np.float64)
+        z = self._a[kind, warm, np.minimum(depth, DEPTHS) - 1]
+        z = z + self._b[kind, warm] * np.log(x / (1 - x)) + self._c[kind, warm] * (rank > 0)
+        return np.clip(1 / (1 + np.exp(-z)), LOW, HIGH)
+
+    def judge(self, forest: Forest, warm: Sequence[int]) -> None:
+        """Fill in ``forest.f``; ``warm`` is each row's."""
+        n, C = forest.shape
+        wide = np.broadcast_to(np.array(warm, np.int64)[:, None], (n, C))
+        p: F32 = self.probabilities(forest.source, wide, forest.depth, forest.q, forest.rank).astype(np.float32)
+        if forest.rank.any():
+            _share(forest, p)
+        forest.multiply(p)
+
+    def observe(self, seen: Sequence[Observation]) -> None:
+        """What came of nodes whose parents were true."""
+        self._seen.extend(seen)
+        if len(self._seen) >= BATCH:
+            self._learn()
+
+    def _learn(self) -> None:
+        kinds, warms, depths, qs, ranks, trues = (np.array(column) for column in zip(*self._seen, strict=True))
+        self._seen.clear()
+        error = self.probabilities(kinds, warms, depths, qs, ranks) - trues
+        x = np.clip(qs, LOW, HIGH)
+        at = kinds, warms
+        deep = (*at, np.minimum(depths, DEPTHS) - 1)
+        np.add.at(self._n_a, deep, 1)
+        np.add.at(self._n, at, 1)
+        # A step of 4 error / n is that of the mean where p is about a half.
+        np.subtract.at(self._a, deep, error * np.maximum(LEAST, 2 / (2 + self._n_a[deep])))
+        step = np.maximum(LEAST / 2, 0.5 / (2 + self._n[at]))
+        np.subtract.at(self._b, at, error * np.log(x / (1 - x)) * step)
+        np.subtract.at(self._c, at, error * (ranks > 0) * step)
+        np.clip(self._b, 0.05, 4.0, out=self._b)
+
+
+def _share(forest: Forest, p: F32) -> None:
+    """Siblings' probabilities so that they are together no more than sure."""
+    n, C = forest.shape
+    family = forest.parent + np.int64(1) + np.arange(n, dtype=np.int64)[:, None] * (C + 1)
+    used = forest.depth > 0
+    total = np.bincount(family[used], p[used], minlength=n * (C + 1))
+    over = total[family]
+    np.divide(p, over, out=p, where=used & (over > HIGH))

@@ -1,0 +1,168 @@
+"""Which drafted tokens a step verifies: one budget of rows for all sequences (AdaServe, arXiv 2501.12162, §4).
+
+    Pays          ours: as many of the likeliest nodes of all trees as bring the most tokens a second, none where that
+                  is less than without
+    Throughput    the likeliest nodes of all trees up to a fixed budget (AdaServe's throughput phase)
+    EqualSplit    the budget divided evenly over sequences, each the likeliest of its own
+    FixedTree     the same number of nodes for each, whatever the load (EAGLE-2, arXiv 2406.16858)
+    Chain         the k first tokens of each one's likeliest chain, as most engines do
+    ByBatch       a chain whose k falls with the batch, by a table
+    PerSecond     chains, as many of the likeliest tokens of all as bring the most tokens a second
+
+A policy is pure: it sees what was drafted (:class:`Forest`, judged), how many sequences decode, and how long steps take
+(:class:`Seconds`). Whatever it chooses, what is emitted stays the same.
+
+Shapes: n sequences with a tree, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenon.engine.policies.forest import Bool, Forest
+
+F64 = NDArray[np.float64]
+
+MARGIN: Final = 0.03
+"""By how much a step with guesses has to be better than one without: a prediction's error should not decide."""
+BATCHES: Final = ((1, 8), (4, 6), (8, 4), (16, 3), (32, 2), (64, 1))
+"""Of ``ByBatch``: up to so many sequences, chains of so many tokens; none beyond."""
+
+
+class Seconds(Protocol):
+    """How long steps take, all that belongs to them included."""
+
+    def plain(self, rows: int) -> float:
+        """Of a step that computes the newest token of ``rows`` sequences."""
+        ...
+
+    def guessed(self, rows: NDArray[np.int64]) -> F64:
+        """Of steps with guesses that have so many rows in all; never falls."""
+        ...
+
+
+@dataclass(frozen=True)
+class Load:
+    """``n`` sequences decode, with or without a tree; ``most`` nodes fit into the step."""
+
+    n: int
+    most: int
+    seconds: Seconds
+
+
+class Speculate(Protocol):
+    """Decides what is verified."""
+
+    def choose(self, forest: Forest, load: Load) -> Bool:
+        """(n, C) the nodes to verify: of each its parent too, at most ``load.most``."""
+        ...
+
+
+def likeliest(f: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Places in the flat forest, the likeliest first, of equals the earlier: any beginning of it is closed under
+    parents, for a node is never likelier than its parent, and stands after it."""
+    flat = f.ravel()
+    order = np.argsort(-flat, kind="stable")
+    return order[: int(np.count_nonzero(flat > 0))]
+
+
+def _mask(forest: Forest, places: NDArray[np.int64]) -> Bool:
+    chosen = np.zeros(forest.shape, np.bool_)
+    chosen.ravel()[places] = True
+    return chosen
+
+
+def _first(on: Bool, f: NDArray[np.float32], most: int) -> Bool:
+    """At most ``most`` of the nodes that are ``on``, the likeliest."""
+    if int(np.count_nonzero(on)) <= most:
+        return on
+    order = likeliest(np.where(on, f, 0))[:most]
+    chosen = np.zeros(on.shape, np.bool_)
+    chosen.ravel()[order] = True
+    return chosen
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """``budget`` rows in all, roots among them."""
+
+    budget: int = 256
+
+    def choose(self, forest: Forest, load: Load) -> Bool:
+        n_nodes = min(load.most, max(0, self.budget - load.n))
+        return _mask(forest, likeliest(forest.f)[:n_nodes])
+
+
+@dataclass(frozen=True)
+class EqualSplit:
+    budget: int = 256
+
+    def choose(self, forest: Forest, load: Load) -> Bool:
+        each = max(0, self.budget // load.n - 1)
+        return _first(_each(forest, each), forest.f, load.most)
+
+
+@dataclass(frozen=True)
+class FixedTree:
+    nodes: int = 16
+
+    def choose(self, forest: Forest, load: Load) -> Bool:
+        return _first(_each(forest, self.nodes), forest.f, load.most)
+
+
+def _each(forest: Forest, n_nodes: int) -> Bool:
+    """Each row's likeliest nodes."""
+    order = np.argsort(-forest.f, axis=1, kind="stable")[:, :n_nodes]
+    chosen = np.zeros(forest.shape, np.bool_)
+    np.put_along_axis(chosen, order, True, axis=1)
+    return chosen & (forest.f > 0)
+
+
+@dataclass(frozen=True)
+class Chain:
+    k: int
+
+    def choose(self, forest: Forest, load: Load) -> Bool:
+        return _first(forest.spine() & (forest.depth <= self.k) & (forest.f > 0), forest.f, load.most)
+
+
+class ByBatch:
+    def choose(self, forest: Forest, load: Load) -> Bool:
+        k = next((k for n, k in BATCHES if load.n <= n), 0)
+        return Chain(k).choose(forest, load)
+
+
+class Pays:
+    """Of all budgets the one with the most expected tokens a second; the nodes are the likeliest of all trees."""
+
+    def __init__(self, margin: float = MARGIN, *, chains: bool = False) -> None:
+        self._margin, self._chains = margin, chains
+
+    def choose(self, forest: Forest, load: Load) -> Bool:
+        f = np.where(forest.spine(), forest.f, 0) if self._chains else forest.f
+        order = likeliest(f)[: load.most]
+        if not len(order):
+            return np.zeros(forest.shape, np.bool_)
+        gained = load.n + np.cumsum(f.ravel()[order], dtype=np.float64)
+        rate = gained / load.seconds.guessed(load.n + np.arange(1, len(order) + 1))
+        best = int(np.argmax(rate))
+        if rate[best] * load.seconds.plain(load.n) < load.n * (1 + self._margin):
+            return np.zeros(forest.shape, np.bool_)
+        return _mask(forest, order[: best + 1])
+
+
+SPECULATES: Final[dict[str, Callable[[], Speculate]]] = {
+    "pays": Pays,
+    "throughput": Throughput,
+    "equal-split": EqualSplit,
+    "fixed-tree": FixedTree,
+    **{f"chain-{k}": (lambda k=k: Chain(k)) for k in range(2, 9)},  # type: ignore[misc]
+    "by-batch": ByBatch,
+    "per-second": lambda: Pays(chains=True),
+}
+"""By the word that a config names them with."""

@@ -1,0 +1,201 @@
+"""``Speculation``: before each step, what to guess of whom; after it, what to learn from what came of that.
+
+    drafters      guess (:mod:`tenon.engine.speculation.drafter`), each a forest
+    calibrator    says how likely each guess is
+    policy        chooses the nodes that the step verifies, by how long steps take
+    times         how long steps take
+
+Nothing here touches blocks or samples: trees are handed to the scheduler, and what came true is told.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from tenon.engine.policies.calibrate import Calibrator, Observation, warmth
+from tenon.engine.policies.forest import MAX_DEPTH, Forest, merged
+from tenon.engine.policies.speculate import Load, Speculate
+from tenon.engine.policies.step_time import StepTimes
+from tenon.engine.sequence import Seq
+from tenon.engine.speculation.drafter import Drafter
+from tenon.engine.speculation.tree import ROOT, Tree
+from tenon.engine.step import Step
+
+MAX_REQUESTS: Final = 64
+MAX_TREES: Final = 32
+"""Trees of a request, the newest, that are kept to be looked at, of so many requests."""
+TRY_EVERY: Final = 128
+"""Of steps whose guesses were all refused, one verifies the likeliest all the same, lest a wrong judgement stand."""
+
+
+@dataclass
+class GuessCounts:
+    """Only ever grow."""
+
+    trees: int = 0
+    nodes: int = 0
+    accepted: int = 0
+    expected: float = 0.0
+    """Accepted tokens as they were predicted."""
+    reached: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
+    """By depth - 1: trees that had a node there below what came true."""
+    accepted_at: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A tree and what came of it: ``path`` are the nodes that came true, ``f`` how likely each node was thought."""
+
+    n_tokens: int
+    """Of its sequence, before."""
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    f: tuple[float, ...]
+    path: tuple[int, ...]
+
+
+class Speculation:
+    """Of one engine. ``max_depth`` and ``max_nodes`` bound each tree."""
+
+    def __init__(
+        self, drafters: Sequence[Drafter], policy: Speculate, times: StepTimes, *, max_depth: int = 8, max_nodes: int = 16
+    ) -> None:
+        self.drafters, self.policy, self.times = tuple(drafters), policy, times
+        self.max_depth, self.max_nodes = max_depth, max_nodes
+        self.kinds = tuple(kind for drafter in drafters for kind in drafter.kinds)
+        self.calibrator = Calibrator(len(self.kinds))
+        self.counts = GuessCounts()
+        self.kept: OrderedDict[tuple[str, int], deque[Verified]] = OrderedDict()
+        """By request and sibling."""
+        self._warm: dict[int, int] = {}
+        self._n_refused = 0
+
+    def draft(self, seqs: Sequence[Seq], most: int) -> int:
+        """Give trees to those of ``seqs``, all that decode, that have none: ``most`` nodes at most, those of older
+        trees among them. Returns how many nodes there are."""
+        n_nodes = sum(len(seq.tree) for seq in seqs if seq.tree is not None)
+        ask = [seq for seq in seqs if seq.tree is None and seq.request.add.speculate and seq.room > 1]
+        if not ask or most <= n_nodes:
+            return n_nodes
+        depths = [min(self._depth(seq), seq.room - 1) for seq in ask]
+        forest = self._forest(ask, depths)
+        if forest is None:
+            return n_nodes
+        chosen = self.policy.choose(forest, Load(len(seqs), most - n_nodes, self.times))
+        if not chosen.any():
+            self._n_refused += 1
+            if self._n_refused % TRY_EVERY:
+                return n_nodes
+            chosen.ravel()[int(np.argmax(forest.f))] = True
+        for i in np.flatnonzero(chosen.any(1)).tolist():
+            tree = _tree(forest, i, chosen[i]).without(ask[i].request.stop_ids)
+            if ask[i].binding is not None:
+                tree = tree.without(ask[i].binding.marks)
+            if len(tree):
+                ask[i].tree = tree
+                n_nodes += len(tree)
+        return n_nodes
+
+    def _depth(self, seq: Seq) -> int:
+        wanted = seq.request.add.speculate
+        return self.max_depth if wanted < 0 else min(wanted, self.max_depth)
+
+    def _forest(self, seqs: Sequence[Seq], depths: Sequence[int]) -> Forest | None:
+        """All drafters' guesses, judged, as one trie a sequence."""
+        forests: list[Forest] = []
+        first = 0
+        warm = [self._warmth(seq) for seq in seqs]
+        for drafter in self.drafters:
+            forest = drafter.propose(seqs, depths, self.max_nodes)
+            if forest is not None:
+                if first:
+                    forest.source += np.int8(first)
+                self.calibrator.judge(forest, warm)
+                forests.append(forest)
+            first += len(drafter.kinds)
+        return merged(forests, self.max_nodes) if forests else None
+
+    def _warmth(self, seq: Seq) -> int:
+        found = self._warm.get(seq.id)
+        if found is None:
+            found = self._warm[seq.id] = warmth(seq.request.add.temperature)
+        return found
+
+    def verified(self, seq: Seq, tree: Tree, path: Sequence[int]) -> None:
+        """A step has computed the tree; ``path`` are the nodes that came true, which are among the sequence's tokens by
+        now."""
+        counts, features = self.counts, tree.features
+        counts.trees += 1
+        counts.nodes += len(tree)
+        counts.accepted += len(path)
+        true = {ROOT, *path}
+        warm = self._warmth(seq)
+        seen: list[Observation] = []
+        deepest = 0
+        for i, parent in enumerate(tree.parents):
+            source, q, rank, f = features[i]
+            counts.expected += f
+            if parent in true:
+                depth = tree.depths[i]
+                seen.append((source, warm, depth, q, rank, i in true))
+                deepest = max(deepest, depth)
+        for depth in range(deepest):
+            counts.reached[depth] += 1
+        for depth in range(len(path)):
+            counts.accepted_at[depth] += 1
+        self.calibrator.observe(seen)
+        self._keep(seq, tree, path)
+
+    def _keep(self, seq: Seq, tree: Tree, path: Sequence[int]) -> None:
+        key = seq.request.add.request_id, seq.index
+        kept = self.kept.get(key)
+        if kept is None:
+            kept = self.kept[key] = deque(maxlen=MAX_TREES)
+            if len(self.kept) > MAX_REQUESTS:
+                self.kept.popitem(last=False)
+        n_before = seq.n_tokens - len(path) - 1
+        f = tuple(f for _, _, _, f in tree.features)
+        kept.append(Verified(n_before, tuple(tree.tokens), tuple(tree.parents), f, tuple(path)))
+
+    def measured(self, step: Step, seconds: float) -> None:
+        """The step took so long, from tick to tick. Those with rows of prompts say nothing here."""
+        if step.n_rows == len(step.seq):
+            if step.n_outputs == step.n_rows:
+                self.times.tell(step.n_rows, seconds, guessed=False)
+        elif step.n_rows == step.n_outputs and not len(step.score_token):
+            self.times.tell(step.n_rows, seconds, guessed=True)
+
+    def forget(self, seq: Seq) -> None:
+        """It has ended."""
+        self._warm.pop(seq.id, None)
+        for drafter in self.drafters:
+            drafter.forget(seq)
+
+    def reset(self) -> None:
+        """The model says other things from now on."""
+        for drafter in self.drafters:
+            drafter.reset()
+
+    def close(self) -> None:
+        for drafter in self.drafters:
+            drafter.close()
+
+
+def _tree(forest: Forest, i: int, chosen: np.ndarray) -> Tree:
+    """Row ``i``'s chosen nodes."""
+    columns = np.flatnonzero(chosen).tolist()
+    place = {column: k for k, column in enumerate(columns)}
+    place[-1] = ROOT
+    parents = [place[parent] for parent in forest.parent[i, columns].tolist()]
+    features = list(
+        zip(
+            forest.source[i, columns].tolist(), forest.q[i, columns].tolist(), forest.rank[i, columns].tolist(),
+            forest.f[i, columns].tolist(), strict=True,
+        )  # fmt: skip
+    )
+    return Tree(forest.token[i, columns].tolist(), parents, features)
