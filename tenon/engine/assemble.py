@@ -217,16 +217,19 @@ class Assembler:
     def __init__(self, model: str, n_groups: int, masks: Masks | None = None) -> None:
         self._model, self._n_groups, self._masks = model, n_groups, masks
         self._known = _Known()
-        self._frame = _Frame([], self._known)
+        self._frame = self._steady = _Frame([], self._known)
         self._slots: list[I32] = []
         self._out_position = NO_TOKENS
         """Those of the last step."""
 
     def step(self, step_id: int, weights_version: int, spans: list[Span], moves: list[tuple[int, int, int]]) -> Step:
         """The step that computes ``spans``. ``moves`` are (group, source slot, target slot)."""
-        if not self._frame.fits(spans):
-            self._frame = _Frame(spans, self._known)
-        frame = self._frame
+        frame = self._steady
+        if not frame.fits(spans):
+            frame = _Frame(spans, self._known)
+        if not frame.has_trees:  # what was before a tree comes again after it
+            self._steady = frame
+        self._frame = frame
         size = spans[0].seq.block_tokens
         start = np.array([span.start for span in spans], np.int32)
         end = start + frame.count

@@ -142,7 +142,7 @@ class BlockPool:
         if self.ref[block] == 0:
             entry = self._entry[block]
             if entry is None:
-                self._free.append(block)
+                self._free.appendleft(block)  # what was written last is in the processor's caches
             else:
                 entry.last_s, entry.length = self.now_s, length
                 self.evict.idle(entry, self.now_s)

@@ -8,7 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ROOT = 0, NONE = -1, COUNTED_LINKS = 64, CHILDREN = 4, MAX_NODES = 256, BUCKETS = 6 };
+#include "guess.h"
+
+enum { ROOT = 0, NONE = -1, COUNTED_LINKS = 64, CHILDREN = 4, MOST_EDGES = 32, BUCKETS = 6 };
 
 typedef struct {
     int32_t length, link, count, edges;
@@ -238,8 +240,9 @@ typedef struct {
 static int32_t look(const automaton_t *a, int32_t s, double path, int32_t parent, int32_t depth, double doubt,
                     candidate_t *found, int32_t n)
 {
-    int32_t best[CHILDREN], n_best = 0, total = 0;
+    int32_t best[CHILDREN], n_best = 0, total = 0, n_edges = 0;
     for (int32_t e = a->states[s].edges; e != NONE; e = a->edges[e].next) {
+        if (++n_edges > MOST_EDGES) return n;  // what may be followed by so much says nothing
         int32_t count = a->states[a->edges[e].to].count, at = n_best;
         total += count;
         // Of equals the newest stays first, as it stands in the list.
@@ -258,12 +261,16 @@ static int32_t look(const automaton_t *a, int32_t s, double path, int32_t parent
 }
 
 // Trees for `n` followers whose sequences have n_tokens[i] tokens by now. Row i of the outputs (width `room`) gets at
-// most most[i] nodes, depth[i] deep, parents first, the likeliest first; `at_least` is the shortest match that counts,
+// most `room` nodes, depth[i] deep, parents first, the likeliest first; `at_least` is the shortest match that counts,
 // `floor` the least product of probabilities. Returns the rows with a tree, or -1 without memory.
-int64_t tenon_follower_guess(follower_t **followers, int64_t n, const int64_t *n_tokens, const int32_t *depth,
-                             const int32_t *most, int64_t room, int32_t at_least, double doubt, double floor,
-                             int32_t *token, int16_t *parent, int8_t *at_depth, int8_t *rank, int8_t *source, float *q)
+int64_t tenon_follower_guess(follower_t **followers, const int64_t *n_tokens, const int32_t *depth, int32_t at_least,
+                             double doubt, double floor, const forest_t *forest)
 {
+    int64_t n = forest->n, room = forest->room;
+    int32_t *token = forest->token;
+    int16_t *parent = forest->parent;
+    int8_t *at_depth = forest->depth, *rank = forest->rank, *source = forest->source;
+    float *q = forest->q;
     int64_t n_found = 0;
     for (int64_t i = 0; i < n; i++) {
         follower_t *f = followers[i];
@@ -275,7 +282,7 @@ int64_t tenon_follower_guess(follower_t **followers, int64_t n, const int64_t *n
         }
         int64_t row = i * room;
         memset(at_depth + row, 0, room), memset(rank + row, 0, room), memset(source + row, 0, room);
-        if (most[i] <= 0 || depth[i] <= 0) continue;
+        if (depth[i] <= 0) continue;
         const automaton_t *a = f->own;
         int32_t s = a->states[a->last].link, length = s == NONE ? 0 : a->states[s].length, bucket;
         if (s == NONE) s = ROOT;
@@ -289,11 +296,9 @@ int64_t tenon_follower_guess(follower_t **followers, int64_t n, const int64_t *n
             bucket = BUCKETS + bucket_of(length);
         }
         if (length < at_least) continue;
-        candidate_t found[CHILDREN * (MAX_NODES + 1)];
+        candidate_t found[CHILDREN * (MAX_ROOM + 1)];
         int32_t n_open = look(a, s, 1.0, -1, 1, doubt, found, 0), made = 0;
-        int64_t limit = most[i] < room ? most[i] : room;
-        if (limit > MAX_NODES) limit = MAX_NODES;
-        while (made < limit && n_open) {
+        while (made < room && n_open) {
             int32_t first = 0;
             for (int32_t c = 1; c < n_open; c++)
                 if (found[c].path > found[first].path) first = c;
@@ -308,4 +313,29 @@ int64_t tenon_follower_guess(follower_t **followers, int64_t n, const int64_t *n
         n_found += made > 0;
     }
     return n_found;
+}
+
+// One round: are there guesses for these sequences, and is any of them worth it?
+typedef struct {
+    follower_t **followers;
+    const int64_t *n_tokens, *last, *deepest, *warm;  // tokens there are, may be guessed up to; depths at most; warmths
+    int32_t *depth;                                    // room for n
+    const forest_t *forest;
+    const weights_t *weights;
+    const choice_t *choice;
+    double doubt, floor;
+    int64_t at_least, n_found;  // rows with a tree: a result
+} round_t;
+
+// Returns how many nodes are chosen, or -1 without memory.
+int64_t tenon_follower_round(round_t *r, int64_t n_decodes, int64_t most)
+{
+    for (int64_t i = 0; i < r->forest->n; i++) {
+        int64_t left = r->last[i] - r->n_tokens[i];
+        r->depth[i] = left < r->deepest[i] ? left : r->deepest[i];
+    }
+    r->n_found = tenon_follower_guess(r->followers, r->n_tokens, r->depth, r->at_least, r->doubt, r->floor, r->forest);
+    if (r->n_found <= 0) return r->n_found;
+    tenon_judge(r->forest, r->warm, r->weights);
+    return tenon_pays(r->forest, n_decodes, most, r->choice);
 }

@@ -27,6 +27,8 @@ MAX_DEPTH = 4096
 """Of a tree below its root; the same number stands in attend.c."""
 ITEM_ROWS = 16
 """Rows of one span that the C kernel takes through a tile of keys together."""
+FEW_ROWS, FEW_ITEM_ROWS = 64, 4
+"""In a step of so few rows an item has fewer, for there are more items than cores to be had."""
 
 
 def roots(step: Step) -> I32:
@@ -53,24 +55,25 @@ def roots(step: Step) -> I32:
 def cut(step: Step) -> tuple[I32, I32, I32]:
     """The step in items for the C kernel: span, first row and number of rows of each. An item is a run of chain rows
     of one span, or a single tree row."""
+    most = FEW_ITEM_ROWS if step.n_rows <= FEW_ROWS else ITEM_ROWS
     if (step.parent < 0).all():
-        n_items = -(-np.diff(step.q_start) // ITEM_ROWS)
+        n_items = -(-np.diff(step.q_start) // most)
         span = np.repeat(np.arange(len(n_items), dtype=np.int32), n_items)
         first = np.repeat(np.cumsum(n_items) - n_items, n_items)
-        row = step.q_start[span] + (np.arange(len(span), dtype=np.int32) - first) * ITEM_ROWS
-        return span, row.astype(np.int32), np.minimum(step.q_start[span + 1] - row, ITEM_ROWS).astype(np.int32)
-    # An item begins where a span does, at a row of a tree, after one, and every ITEM_ROWS rows of a run.
+        row = step.q_start[span] + (np.arange(len(span), dtype=np.int32) - first) * most
+        return span, row.astype(np.int32), np.minimum(step.q_start[span + 1] - row, most).astype(np.int32)
+    # An item begins where a span does, at a row of a tree, after one, and every few rows of a run.
     in_tree = step.parent >= 0
     begins = in_tree.copy()
     begins[1:] |= in_tree[:-1]
     begins[step.q_start[:-1]] = True
     at = np.flatnonzero(begins)
     length = np.diff(np.append(at, step.n_rows))
-    n_items = -(-length // ITEM_ROWS)
+    n_items = -(-length // most)
     first = np.repeat(np.cumsum(n_items) - n_items, n_items)
-    offset = (np.arange(len(first)) - first) * ITEM_ROWS
+    offset = (np.arange(len(first)) - first) * most
     row = np.repeat(at, n_items) + offset
-    n = np.minimum(np.repeat(length, n_items) - offset, ITEM_ROWS)
+    n = np.minimum(np.repeat(length, n_items) - offset, most)
     span = np.searchsorted(step.q_start, row, side="right") - 1
     return span.astype(np.int32), row.astype(np.int32), n.astype(np.int32)
 

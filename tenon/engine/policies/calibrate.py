@@ -3,9 +3,10 @@
     P(node is true | its parent is) = sigmoid(a[depth] + b logit(q) + c [rank > 0])
 
 for each kind of guess and each range of temperatures; siblings together at most 1. A path's probability is the product
-along it, so a node is never likelier than its parent. Only nodes whose parents came true teach anything. Weights move by
-gradient steps whose sizes fall with what was seen, down to a floor, so that a change of text or of temperature is
-followed.
+along it, so a node is never likelier than its parent. Only nodes whose parents came true teach anything. ``a`` is a sum
+of what all guesses at such temperatures have in common, all of a kind, and those at one depth, so that what was seldom
+seen is judged like what is like it. Weights move by gradient steps whose sizes fall with what was seen, down to a floor,
+so that a change of text is followed.
 
 Shapes: n sequences, C columns, K kinds of guesses, N observations.
 """
@@ -26,6 +27,8 @@ WARM: Final = (0.0, 0.5, 0.9)
 """Temperatures up to which a range goes; the last one has no end."""
 DEPTHS: Final = 16
 """Depths that are told apart; deeper ones count as the last."""
+DOUBT: Final = -0.7
+"""What each range of temperatures takes off, in logits, before anything is learned."""
 BATCH: Final = 32
 """Observations that are learned from together."""
 LEAST: Final = 0.02
@@ -45,15 +48,23 @@ Observation = tuple[int, int, int, float, int, bool]
 
 
 class Calibrator:
-    """Of ``n_kinds`` kinds of guesses. Begins by believing ``q``."""
+    """Of ``n_kinds`` kinds of guesses. Begins by believing ``q``, the less the warmer."""
 
     def __init__(self, n_kinds: int) -> None:
-        shape = n_kinds, len(WARM) + 1
-        self._a = np.zeros((*shape, DEPTHS))
+        n_warm = len(WARM) + 1
+        shape = n_kinds, n_warm
         self._b, self._c = np.ones(shape), np.zeros(shape)
-        self._n_a = np.zeros((*shape, DEPTHS))
-        self._n = np.zeros(shape)
+        self._parts = DOUBT * np.arange(n_warm), np.zeros(shape), np.zeros((*shape, DEPTHS))
+        """Of ``a``: what all have in common, all of a kind, those at one depth."""
+        self._seen_by = tuple(np.zeros(part.shape) for part in self._parts)
+        self._a = np.zeros((*shape, DEPTHS))
+        self._add()
         self._seen: list[Observation] = []
+
+    @property
+    def weights(self) -> tuple[F64, F64, F64]:
+        """a (kinds, warmths, depths), b and c (kinds, warmths): the same arrays as long as it lives."""
+        return self._a, self._b, self._c
 
     def probabilities(self, kind: NDArray, warm: NDArray, depth: NDArray, q: NDArray, rank: NDArray) -> F64:
         """Of nodes whose parents are true; all arrays of one shape."""
@@ -82,16 +93,22 @@ class Calibrator:
         self._seen.clear()
         error = self.probabilities(kinds, warms, depths, qs, ranks) - trues
         x = np.clip(qs, LOW, HIGH)
+        places = (warms,), (kinds, warms), (kinds, warms, np.minimum(depths, DEPTHS) - 1)
+        for part, seen, at in zip(self._parts, self._seen_by, places, strict=True):
+            np.add.at(seen, at, 1)
+            # A step of 4 error / n is that of the mean where p is about a half; the parts share it.
+            np.subtract.at(part, at, error * np.maximum(LEAST, 1 / (1 + seen[at])))
         at = kinds, warms
-        deep = (*at, np.minimum(depths, DEPTHS) - 1)
-        np.add.at(self._n_a, deep, 1)
-        np.add.at(self._n, at, 1)
-        # A step of 4 error / n is that of the mean where p is about a half.
-        np.subtract.at(self._a, deep, error * np.maximum(LEAST, 2 / (2 + self._n_a[deep])))
-        step = np.maximum(LEAST / 2, 0.5 / (2 + self._n[at]))
+        step = np.maximum(LEAST / 2, 0.5 / (2 + self._seen_by[1][at]))
         np.subtract.at(self._b, at, error * np.log(x / (1 - x)) * step)
         np.subtract.at(self._c, at, error * (ranks > 0) * step)
         np.clip(self._b, 0.05, 4.0, out=self._b)
+        self._add()
+
+    def _add(self) -> None:
+        """``a`` of its parts."""
+        common, own, deep = self._parts
+        np.add(common[:, None] + own[:, :, None], deep, out=self._a)
 
 
 def _share(forest: Forest, p: F32) -> None:

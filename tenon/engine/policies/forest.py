@@ -39,6 +39,10 @@ class Forest:
     """Which kind of guess it is, of those that its drafter makes."""
     q: F32
     f: F32
+    chosen: Bool
+    """Room for whoever chooses."""
+    view: object = None
+    """What a backend keeps of it: the arrays stay where they are."""
 
     @staticmethod
     def empty(n: int, C: int) -> Forest:
@@ -53,6 +57,7 @@ class Forest:
             source=np.zeros((n, C), np.int8),
             q=np.zeros((n, C), np.float32),
             f=np.zeros((n, C), np.float32),
+            chosen=np.zeros((n, C), np.bool_),
         )
 
     @property

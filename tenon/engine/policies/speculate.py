@@ -58,8 +58,8 @@ class Load:
 class Speculate(Protocol):
     """Decides what is verified."""
 
-    def choose(self, forest: Forest, load: Load) -> Bool:
-        """(n, C) the nodes to verify: of each its parent too, at most ``load.most``."""
+    def choose(self, forest: Forest, load: Load) -> Bool | None:
+        """(n, C) the nodes to verify: of each its parent too, at most ``load.most``. None: none of them."""
         ...
 
 
@@ -141,18 +141,18 @@ class Pays:
     """Of all budgets the one with the most expected tokens a second; the nodes are the likeliest of all trees."""
 
     def __init__(self, margin: float = MARGIN, *, chains: bool = False) -> None:
-        self._margin, self._chains = margin, chains
+        self.margin, self._chains = margin, chains
 
-    def choose(self, forest: Forest, load: Load) -> Bool:
+    def choose(self, forest: Forest, load: Load) -> Bool | None:
         f = np.where(forest.spine(), forest.f, 0) if self._chains else forest.f
         order = likeliest(f)[: load.most]
         if not len(order):
-            return np.zeros(forest.shape, np.bool_)
+            return None
         gained = load.n + np.cumsum(f.ravel()[order], dtype=np.float64)
         rate = gained / load.seconds.guessed(load.n + np.arange(1, len(order) + 1))
         best = int(np.argmax(rate))
-        if rate[best] * load.seconds.plain(load.n) < load.n * (1 + self._margin):
-            return np.zeros(forest.shape, np.bool_)
+        if rate[best] * load.seconds.plain(load.n) < load.n * (1 + self.margin):
+            return None
         return _mask(forest, order[: best + 1])
 
 

@@ -8,6 +8,7 @@ Shapes: K knots.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
 from typing import Final
@@ -23,7 +24,7 @@ KNOTS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384
 RECENT: Final = 5
 """Steps whose median enters an average."""
 RATE: Final = 0.2
-EVERY: Final = 8
+EVERY: Final = 16
 """Steps after which what was seen enters the prediction."""
 
 
@@ -41,7 +42,9 @@ class StepTimes:
             base = np.where(knots > rows[-1], seconds[-1] + slope * (knots - rows[-1]), base)
         self._knots, self._base = knots, base
         self._kinds = (_Kind(base), _Kind(base))
-        self._n = 0
+        self._told: list[tuple[int, float, bool]] = []
+        self._was_guessed, self._extra_s = False, 0.0
+        self._after: deque[float] = deque(maxlen=RECENT)
 
     def plain(self, rows: int) -> float:
         """See :class:`tenon.engine.policies.speculate.Seconds`."""
@@ -50,30 +53,46 @@ class StepTimes:
     def guessed(self, rows: I64) -> F64:
         return np.interp(rows, self._knots, self._kinds[1].seconds)
 
+    @property
+    def arrays(self) -> tuple[F64, F64, F64]:
+        """Knots, and seconds without and with guesses: the same arrays as long as it lives."""
+        return self._knots, self._kinds[0].seconds, self._kinds[1].seconds
+
     def tell(self, rows: int, seconds: float, *, guessed: bool) -> None:
-        """A step took so long."""
-        if not 0 < seconds < float("inf") or not 0 < rows <= KNOTS[-1]:
-            return
-        k = int(np.searchsorted(self._knots, rows))
-        kind = self._kinds[guessed]
-        # The nearer knot hears of it, scaled to its own rows.
-        if k and rows - self._knots[k - 1] < self._knots[k] - rows:
-            k -= 1
-        scale = self._base[k] / float(np.interp(rows, self._knots, self._base))
-        kind.recent[k].append(seconds * scale)
-        self._n += 1
-        if self._n % EVERY == 0:
+        """A step took so long. What one without guesses takes longer after one with them is the latter's cost."""
+        if not guessed and self._was_guessed:
+            self._after.append(seconds - self.plain(rows))
+        else:
+            self._told.append((rows, seconds, guessed))
+        self._was_guessed = guessed
+        if len(self._told) >= EVERY:
+            for told in self._told:
+                self._hear(*told)
+            self._told.clear()
             for each in self._kinds:
                 each.settle(self._log, self._base)
             self._borrow()
+            if self._after:
+                self._extra_s += RATE * (max(0.0, float(np.median(self._after))) - self._extra_s)
+            self._kinds[1].seconds += self._extra_s
+
+    def _hear(self, rows: int, seconds: float, guessed: bool) -> None:
+        if not 0 < seconds < float("inf") or not 0 < rows <= KNOTS[-1]:
+            return
+        # The nearer knot hears of it, scaled to its own rows.
+        k = bisect_left(KNOTS, rows)
+        if k and rows - KNOTS[k - 1] < KNOTS[k] - rows:
+            k -= 1
+        scale = self._base[k] / float(np.interp(rows, self._knots, self._base))
+        self._kinds[guessed].hear(k, seconds * scale)
 
     def _borrow(self) -> None:
         """What was never run with guesses costs as much more as what was run without."""
         plain, guessed = self._kinds
         if not guessed.is_seen and plain.is_seen:
-            guessed.seconds = plain.seconds.copy()
+            guessed.seconds[:] = plain.seconds
         elif not plain.is_seen and guessed.is_seen:
-            plain.seconds = guessed.seconds.copy()
+            plain.seconds[:] = guessed.seconds
 
     def table(self) -> list[tuple[int, float, float, float]]:
         """Rows; seconds as measured at the start, and as they are now without and with guesses."""
@@ -88,19 +107,23 @@ class _Kind:
         self.seconds = base.copy()
         self.recent: list[deque[float]] = [deque(maxlen=RECENT) for _ in KNOTS]
         self._ratio = np.full(len(KNOTS), np.nan)
+        self._new: set[int] = set()
 
     @property
     def is_seen(self) -> bool:
         return not bool(np.isnan(self._ratio).all())
 
+    def hear(self, k: int, seconds: float) -> None:
+        self.recent[k].append(seconds)
+        self._new.add(k)
+
     def settle(self, log_K: F64, base_K: F64) -> None:
-        for k, recent in enumerate(self.recent):
-            if recent:
-                ratio = float(np.median(recent)) / base_K[k]
-                known = self._ratio[k]
-                self._ratio[k] = ratio if np.isnan(known) else known + RATE * (ratio - known)
-                recent.clear()
+        for k in self._new:
+            ratio = float(np.median(self.recent[k])) / base_K[k]
+            known = self._ratio[k]
+            self._ratio[k] = ratio if np.isnan(known) else known + RATE * (ratio - known)
+        self._new.clear()
         seen = ~np.isnan(self._ratio)
         if seen.any():
             ratio_K = np.interp(log_K, log_K[seen], self._ratio[seen])
-            self.seconds = np.maximum.accumulate(base_K * ratio_K)
+            np.maximum.accumulate(base_K * ratio_K, out=self.seconds)

@@ -14,6 +14,7 @@ COUNTED_LINKS: Final = 64
 """Suffixes of a new end whose counts are kept; beyond them, the shortest, a count may lag."""
 CHILDREN: Final = 4
 """Of a node, the likeliest ones that are looked at."""
+MOST_EDGES: Final = 32
 BOUNDS: Final = (1, 2, 4, 8, 16)
 """Lengths of a match up to which a kind of guess goes; the last one has no end."""
 
@@ -98,6 +99,8 @@ class Automaton:
 
         def look(state: int, path: float, parent: int, depth: int) -> None:
             edges = self.edges[state]
+            if len(edges) > MOST_EDGES:  # what may be followed by so much says nothing
+                return
             counts = [(self.count[to], token, to) for token, to in reversed(edges.items())]
             total = sum(count for count, _, _ in counts)
             counts.sort(key=lambda each: -each[0])

@@ -9,6 +9,8 @@ from tenon.engine.config import EngineConfig
 from tenon.engine.policies.speculate import SPECULATES
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.speculation.drafter import Drafter
+from tenon.engine.speculation import native
+from tenon.engine.speculation.native import QuickPays
 from tenon.engine.speculation.ngram import Ngram
 from tenon.engine.speculation.speculation import Speculation
 from tenon.engine.speculation.suffix import Suffix
@@ -20,10 +22,9 @@ def build_speculation(config: EngineConfig, measured: Mapping[int, float]) -> Sp
     """None where nobody is to guess. ``measured``: seconds of steps by their rows."""
     if not config.drafters:
         return None
-    return Speculation(
-        [DRAFTERS[name]() for name in config.drafters],
-        SPECULATES[config.speculative_policy](),
-        StepTimes(measured),
-        max_depth=config.speculative_depth,
-        max_nodes=config.speculative_nodes,
-    )
+    times, lib = StepTimes(measured), native.load()
+    is_quick = config.speculative_policy == "pays" and lib is not None
+    policy = QuickPays(lib, times) if is_quick and lib else SPECULATES[config.speculative_policy]()
+    drafters = [DRAFTERS[name]() for name in config.drafters]
+    limits = {"max_depth": config.speculative_depth, "max_nodes": config.speculative_nodes}
+    return Speculation(drafters, policy, times, **limits)

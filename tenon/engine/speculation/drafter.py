@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from tenon.engine.policies.forest import Forest
+from tenon.engine.policies.forest import I32, Forest
 from tenon.engine.sequence import Seq
 
 
@@ -14,8 +14,8 @@ class Drafter(Protocol):
     kinds: tuple[str, ...]
     """Names of the kinds of guesses it makes: what ``Forest.source`` counts through."""
 
-    def propose(self, seqs: Sequence[Seq], depths: Sequence[int], room: int) -> Forest | None:
-        """A row for each sequence, at most ``depths`` deep and ``room`` nodes; None where there is nothing to guess.
+    def propose(self, seqs: Sequence[Seq], depth_n: I32, room: int) -> Forest | None:
+        """A row for each sequence, at most ``depth_n`` deep and ``room`` nodes; None where there is nothing to guess.
         Valid until the next call. Looks at all tokens that have come since it was last asked."""
         ...
 

@@ -42,9 +42,9 @@ class Ngram:
     def __init__(self) -> None:
         self._places: dict[int, _Places] = {}
 
-    def propose(self, seqs: Sequence[Seq], depths: Sequence[int], room: int) -> Forest | None:
+    def propose(self, seqs: Sequence[Seq], depth_n: I32, room: int) -> Forest | None:
         forest = None
-        for i, (seq, depth) in enumerate(zip(seqs, depths, strict=True)):
+        for i, (seq, depth) in enumerate(zip(seqs, depth_n.tolist(), strict=True)):
             places = self._places.setdefault(seq.id, _Places())
             tokens = seq.tokens[: seq.n_tokens]
             places.enter(tokens)

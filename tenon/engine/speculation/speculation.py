@@ -18,11 +18,15 @@ from typing import Final
 import numpy as np
 
 from tenon.engine.policies.calibrate import Calibrator, Observation, warmth
-from tenon.engine.policies.forest import MAX_DEPTH, Forest, merged
+from tenon.engine.policies.forest import I32, MAX_DEPTH, Forest, merged
 from tenon.engine.policies.speculate import Load, Speculate
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.sequence import Seq
+from tenon.engine.speculation.asked import NOBODY, Asked, Company
+from tenon.engine.speculation import native
 from tenon.engine.speculation.drafter import Drafter
+from tenon.engine.speculation.native import QuickCalibrator
+from tenon.engine.speculation.quick import QuickRound
 from tenon.engine.speculation.tree import ROOT, Tree
 from tenon.engine.step import Step
 
@@ -68,63 +72,64 @@ class Speculation:
         self.drafters, self.policy, self.times = tuple(drafters), policy, times
         self.max_depth, self.max_nodes = max_depth, max_nodes
         self.kinds = tuple(kind for drafter in drafters for kind in drafter.kinds)
-        self.calibrator = Calibrator(len(self.kinds))
+        lib = native.load()
+        self.calibrator = Calibrator(len(self.kinds)) if lib is None else QuickCalibrator(len(self.kinds), lib)
         self.counts = GuessCounts()
         self.kept: OrderedDict[tuple[str, int], deque[Verified]] = OrderedDict()
         """By request and sibling."""
-        self._warm: dict[int, int] = {}
+        self._company = NOBODY
+        self._quick = QuickRound.of(drafters, self.calibrator, policy)
         self._n_refused = 0
 
     def draft(self, seqs: Sequence[Seq], most: int) -> int:
         """Give trees to those of ``seqs``, all that decode, that have none: ``most`` nodes at most, those of older
         trees among them. Returns how many nodes there are."""
-        n_nodes = sum(len(seq.tree) for seq in seqs if seq.tree is not None)
-        ask = [seq for seq in seqs if seq.tree is None and seq.request.add.speculate and seq.room > 1]
-        if not ask or most <= n_nodes:
+        if self._company.seqs != seqs:
+            self._company = Company(seqs, self.max_depth)
+        company, n_nodes = self._company, 0
+        ask = company.asked
+        if company.may_keep_trees:
+            n_nodes = sum(len(seq.tree) for seq in seqs if seq.tree is not None)
+            if n_nodes:
+                ask = Asked([seq for seq in ask.seqs if seq.tree is None], self.max_depth)
+        if not ask.seqs or most <= n_nodes:
             return n_nodes
-        depths = [min(self._depth(seq), seq.room - 1) for seq in ask]
-        forest = self._forest(ask, depths)
+        if self._quick is not None:
+            forest, chosen = self._quick.round(ask, len(seqs), most - n_nodes, self.max_nodes)
+        else:
+            forest = self._forest(ask, ask.depths())
+            chosen = None if forest is None else self.policy.choose(forest, Load(len(seqs), most - n_nodes, self.times))
         if forest is None:
             return n_nodes
-        chosen = self.policy.choose(forest, Load(len(seqs), most - n_nodes, self.times))
-        if not chosen.any():
+        if chosen is None or not chosen.any():
             self._n_refused += 1
             if self._n_refused % TRY_EVERY:
                 return n_nodes
+            chosen = np.zeros(forest.shape, np.bool_)
             chosen.ravel()[int(np.argmax(forest.f))] = True
         for i in np.flatnonzero(chosen.any(1)).tolist():
-            tree = _tree(forest, i, chosen[i]).without(ask[i].request.stop_ids)
-            if ask[i].binding is not None:
-                tree = tree.without(ask[i].binding.marks)
+            seq = ask.seqs[i]
+            tree = _tree(forest, i, chosen[i]).without(seq.request.stop_ids)
+            if seq.binding is not None:
+                tree = tree.without(seq.binding.marks)
             if len(tree):
-                ask[i].tree = tree
+                seq.tree = tree
                 n_nodes += len(tree)
         return n_nodes
 
-    def _depth(self, seq: Seq) -> int:
-        wanted = seq.request.add.speculate
-        return self.max_depth if wanted < 0 else min(wanted, self.max_depth)
-
-    def _forest(self, seqs: Sequence[Seq], depths: Sequence[int]) -> Forest | None:
+    def _forest(self, ask: Asked, depth_n: I32) -> Forest | None:
         """All drafters' guesses, judged, as one trie a sequence."""
         forests: list[Forest] = []
         first = 0
-        warm = [self._warmth(seq) for seq in seqs]
         for drafter in self.drafters:
-            forest = drafter.propose(seqs, depths, self.max_nodes)
+            forest = drafter.propose(ask.seqs, depth_n, self.max_nodes)
             if forest is not None:
                 if first:
                     forest.source += np.int8(first)
-                self.calibrator.judge(forest, warm)
+                self.calibrator.judge(forest, ask.warm_n)
                 forests.append(forest)
             first += len(drafter.kinds)
         return merged(forests, self.max_nodes) if forests else None
-
-    def _warmth(self, seq: Seq) -> int:
-        found = self._warm.get(seq.id)
-        if found is None:
-            found = self._warm[seq.id] = warmth(seq.request.add.temperature)
-        return found
 
     def verified(self, seq: Seq, tree: Tree, path: Sequence[int]) -> None:
         """A step has computed the tree; ``path`` are the nodes that came true, which are among the sequence's tokens by
@@ -134,7 +139,7 @@ class Speculation:
         counts.nodes += len(tree)
         counts.accepted += len(path)
         true = {ROOT, *path}
-        warm = self._warmth(seq)
+        warm = warmth(seq.request.add.temperature)
         seen: list[Observation] = []
         deepest = 0
         for i, parent in enumerate(tree.parents):
@@ -172,7 +177,7 @@ class Speculation:
 
     def forget(self, seq: Seq) -> None:
         """It has ended."""
-        self._warm.pop(seq.id, None)
+        self._company = NOBODY
         for drafter in self.drafters:
             drafter.forget(seq)
 

@@ -8,29 +8,24 @@ forgotten. Nobody's words are ever looked up for another tenant: not even by how
 
 from __future__ import annotations
 
-import ctypes
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from ctypes import c_double, c_int32, c_int64, c_void_p
-from functools import cache
 from typing import Final, Protocol
 
 import numpy as np
 
-from tenon.base.errors import ResourceError
-from tenon.compiler import toolchain
 from tenon.engine.policies.forest import I32, Forest
 from tenon.engine.sequence import Seq
+from tenon.engine.speculation import native
 from tenon.engine.speculation.automaton import BOUNDS, ROOT, Automaton, bucket
-
-log = logging.getLogger("tenon.engine")
+from tenon.engine.speculation.native import Native
 
 AT_LEAST: Final = 1
 """Tokens that have to match."""
 DOUBT: Final = 0.3
 FLOOR: Final = 0.01
 """Of a path's probability before it is calibrated, the least that is proposed."""
+LIMITS: Final = (AT_LEAST, DOUBT, FLOOR)
 SHARED_TOKENS: Final = 50_000
 """Of one generation. A token takes about 100 bytes."""
 MAX_TENANTS: Final = 16
@@ -38,45 +33,6 @@ OF_PROMPT: Final = 8
 """Tokens of the prompt that stand before an output in what is shared, so that its beginning is found."""
 LOOK_BACK: Final = 64
 """Tokens of a sequence that are looked up anew when a generation is replaced."""
-
-
-class _Native:
-    """The C entry points. Raises ``ResourceError`` where they cannot be compiled."""
-
-    def __init__(self) -> None:
-        lib = toolchain.load(toolchain.build("suffix", [toolchain.CSRC / "suffix.c"]))
-        P, I, N, D = c_void_p, c_int32, c_int64, c_double
-        for name, arguments, result in (
-            ("suffix_new", (), P),
-            ("suffix_free", (P,), None),
-            ("suffix_begin", (P,), None),
-            ("suffix_add", (P, P, N), I),
-            ("follower_new", (P,), P),
-            ("follower_free", (P,), None),
-            ("follower_share", (P, I, P, N), None),
-            ("follower_guess", (P, N, P, P, P, N, I, D, D, P, P, P, P, P, P), N),
-        ):
-            function = lib[f"tenon_{name}"]
-            function.argtypes, function.restype = arguments, result
-            setattr(self, name, function)
-
-    suffix_new: ctypes._CFuncPtr
-    suffix_free: ctypes._CFuncPtr
-    suffix_begin: ctypes._CFuncPtr
-    suffix_add: ctypes._CFuncPtr
-    follower_new: ctypes._CFuncPtr
-    follower_free: ctypes._CFuncPtr
-    follower_share: ctypes._CFuncPtr
-    follower_guess: ctypes._CFuncPtr
-
-
-@cache
-def _native() -> _Native | None:
-    try:
-        return _Native()
-    except (ResourceError, AttributeError, OSError) as error:
-        log.warning("suffixes are looked up in Python, which is slower: %s", error)
-        return None
 
 
 class Shared(Protocol):
@@ -104,21 +60,19 @@ class Backend(Protocol):
 
     def drop(self, number: int) -> None: ...
 
-    def guess(
-        self, numbers: Sequence[int], seqs: Sequence[Seq], depths: Sequence[int], room: int
-    ) -> Forest | None: ...
+    def guess(self, numbers: Sequence[int], seqs: Sequence[Seq], depth_n: I32, room: int) -> Forest | None: ...
 
 
 class Suffix:
-    """``native`` False does without the C, which a test compares it with."""
+    """``in_c`` False does without the C, which a test compares it with."""
 
     name = "suffix"
     kinds = tuple(
         f"{whose}-{low}" for whose in ("own", "shared") for low in (1, *(bound + 1 for bound in BOUNDS))
     )  # fmt: skip
 
-    def __init__(self, *, native: bool = True) -> None:
-        library = _native() if native else None
+    def __init__(self, *, in_c: bool = True) -> None:
+        library = native.load() if in_c else None
         self._backend: Backend = _Python() if library is None else _C(library)
         self._numbers: dict[int, int] = {}
         self._live: dict[bytes, dict[int, Seq]] = {}
@@ -127,12 +81,21 @@ class Suffix:
         """The younger one first. Least recently used tenants go first."""
         self._n_tokens: dict[bytes, int] = {}
 
-    def propose(self, seqs: Sequence[Seq], depths: Sequence[int], room: int) -> Forest | None:
+    def propose(self, seqs: Sequence[Seq], depth_n: I32, room: int) -> Forest | None:
+        return self._backend.guess(self.numbers(seqs), seqs, depth_n, room)
+
+    @property
+    def lib(self) -> Native | None:
+        """Where it works in C."""
+        return self._backend.lib if isinstance(self._backend, _C) else None
+
+    def numbers(self, seqs: Sequence[Seq]) -> list[int]:
+        """Of sequences that are followed from now on: in C, the addresses of their followers."""
         numbers = self._numbers
         for seq in seqs:
             if seq.id not in numbers:
                 self._follow(seq)
-        return self._backend.guess([numbers[seq.id] for seq in seqs], seqs, depths, room)
+        return [numbers[seq.id] for seq in seqs]
 
     def _follow(self, seq: Seq) -> None:
         number = self._numbers[seq.id] = self._backend.follow(seq)
@@ -195,63 +158,56 @@ class Suffix:
 
 
 class _CShared:
-    def __init__(self, native: _Native) -> None:
-        self._native, self.address = native, native.suffix_new()
+    def __init__(self, lib: Native) -> None:
+        self._lib, self.address = lib, lib.suffix_new()
         if not self.address:
             raise MemoryError("no memory for a suffix automaton")
 
     def add(self, tokens: I32) -> None:
-        self._native.suffix_begin(self.address)
+        self._lib.suffix_begin(self.address)
         tokens = np.ascontiguousarray(tokens, np.int32)
-        if self._native.suffix_add(self.address, tokens.ctypes.data, len(tokens)):
+        if self._lib.suffix_add(self.address, tokens.ctypes.data, len(tokens)):
             raise MemoryError("no memory for a suffix automaton")
 
     def close(self) -> None:
-        self._native.suffix_free(self.address)
+        self._lib.suffix_free(self.address)
         self.address = None
 
 
 class _C:
     """Numbers are addresses."""
 
-    def __init__(self, native: _Native) -> None:
-        self._native = native
+    def __init__(self, lib: Native) -> None:
+        self.lib = lib
         self._who: list[int] = []
         self._room = 0
         self._addresses = np.zeros(0, np.int64)
 
     def shared(self) -> Shared:
-        return _CShared(self._native)
+        return _CShared(self.lib)
 
     def follow(self, seq: Seq) -> int:
-        number: int | None = self._native.follower_new(seq.tokens.ctypes.data)
+        number: int | None = self.lib.follower_new(seq.tokens.ctypes.data)
         if not number:
             raise MemoryError("no memory for a suffix automaton")
         self._who = []  # an address may come again
         return number
 
     def share(self, number: int, k: int, shared: Shared | None) -> None:
-        self._native.follower_share(number, k, shared.address if isinstance(shared, _CShared) else None, LOOK_BACK)
+        self.lib.follower_share(number, k, shared.address if isinstance(shared, _CShared) else None, LOOK_BACK)
 
     def drop(self, number: int) -> None:
-        self._native.follower_free(number)
+        self.lib.follower_free(number)
         self._who = []
 
-    def guess(self, numbers: Sequence[int], seqs: Sequence[Seq], depths: Sequence[int], room: int) -> Forest | None:
-        n = len(numbers)
+    def guess(self, numbers: Sequence[int], seqs: Sequence[Seq], depth_n: I32, room: int) -> Forest | None:
         if numbers != self._who or room != self._room:
             self._who, self._room = list(numbers), room
             self._addresses = np.array(numbers, np.int64)
-            self._forest = Forest.empty(n, room)
-            self._most = np.full(n, room, np.int32)
-            self._fixed = (self._addresses.ctypes.data, n), (self._most.ctypes.data, room, AT_LEAST, DOUBT, FLOOR)
-            made = self._forest
-            arrays = made.token, made.parent, made.depth, made.rank, made.source, made.q
-            self._outputs = tuple(array.ctypes.data for array in arrays)
+            self._forest = Forest.empty(len(numbers), room)
         n_tokens = np.array([seq.n_tokens for seq in seqs], np.int64)
-        depth = np.array(depths, np.int32)
-        found = self._native.follower_guess(
-            *self._fixed[0], n_tokens.ctypes.data, depth.ctypes.data, *self._fixed[1], *self._outputs
+        found = self.lib.follower_guess(
+            self._addresses.ctypes.data, n_tokens.ctypes.data, depth_n.ctypes.data, *LIMITS, native.view(self._forest)
         )
         if found < 0:
             raise MemoryError("no memory for a suffix automaton")
@@ -322,9 +278,9 @@ class _Python:
     def drop(self, number: int) -> None:
         del self._followers[number]
 
-    def guess(self, numbers: Sequence[int], seqs: Sequence[Seq], depths: Sequence[int], room: int) -> Forest | None:
+    def guess(self, numbers: Sequence[int], seqs: Sequence[Seq], depth_n: I32, room: int) -> Forest | None:
         forest = None
-        for i, (number, seq, depth) in enumerate(zip(numbers, seqs, depths, strict=True)):
+        for i, (number, seq, depth) in enumerate(zip(numbers, seqs, depth_n.tolist(), strict=True)):
             follower, _ = self._followers[number]
             follower.take(seq.tokens[follower.n_seen : seq.n_tokens].tolist())
             automaton, state, length, is_shared = follower.best()

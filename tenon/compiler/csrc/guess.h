@@ -1,0 +1,31 @@
+// What is drafted for a step: see policies/forest.py, whose arrays these are.
+#pragma once
+#include <stdint.h>
+
+enum { MAX_ROOM = 256 };
+
+// Arrays are (n, room), a row a tree, parents before children, unused places of depth 0.
+typedef struct {
+    int64_t n, room;
+    int32_t *token;
+    int16_t *parent;
+    int8_t *depth, *rank, *source;
+    float *q, *f;
+    uint8_t *chosen;
+} forest_t;
+
+// The weights of P(node | parent) = sigmoid(a[depth] + b logit(q) + c [rank > 0]): a is (kinds, warmths, depths).
+typedef struct {
+    const double *a, *b, *c;
+    int64_t n_warmths, n_depths;
+} weights_t;
+
+// Seconds of steps at so many rows, without and with guesses; by how much the latter have to be better.
+typedef struct {
+    const double *knots, *plain, *guessed;
+    int64_t n_knots;
+    double margin;
+} choice_t;
+
+void tenon_judge(const forest_t *forest, const int64_t *warm, const weights_t *weights);
+int64_t tenon_pays(const forest_t *forest, int64_t n_decodes, int64_t most, const choice_t *choice);

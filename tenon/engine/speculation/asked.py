@@ -1,0 +1,45 @@
+"""Sequences that are guessed for together, mostly for many steps, and what of them never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenon.engine.policies.calibrate import warmth
+from tenon.engine.policies.forest import I32
+from tenon.engine.sequence import Seq
+
+
+class Asked:
+    """Sequences that want trees. Shapes: n of them."""
+
+    def __init__(self, seqs: list[Seq], max_depth: int) -> None:
+        self.seqs = seqs
+        adds = [seq.request.add for seq in seqs]
+        ends = [seq.n_prompt + add.max_tokens - 1 for seq, add in zip(seqs, adds, strict=True)]
+        self.last_n = np.array(ends, np.int64)
+        """Tokens with which one is left that no guess is needed for."""
+        most = [add.speculate if 0 <= add.speculate < max_depth else max_depth for add in adds]
+        self.most_n = np.array(most, np.int64)
+        self.warm_n: NDArray[np.int64] = np.array([warmth(add.temperature) for add in adds], np.int64)
+
+    def depths(self) -> I32:
+        """(n,) how deep the trees may be: what is guessed has to leave room for a token after it."""
+        n_tokens = np.array([seq.n_tokens for seq in self.seqs], np.int64)
+        return np.minimum(self.last_n - n_tokens, self.most_n).astype(np.int32)
+
+
+class Company:
+    """Sequences that decode together."""
+
+    def __init__(self, seqs: Sequence[Seq], max_depth: int) -> None:
+        self.seqs = list(seqs)
+        self.asked = Asked([seq for seq in seqs if seq.request.add.speculate], max_depth)
+        self.may_keep_trees = any(seq.binding is not None for seq in seqs)
+        """Whether a tree may not have been in the last step, for its masks were late."""
+
+
+NOBODY: Final = Company((), 0)

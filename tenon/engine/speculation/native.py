@@ -1,0 +1,130 @@
+"""What every step asks, in C: suffixes, judging guesses, choosing among them. Without a compiler the same is done in
+Python, and that is said once."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable, Sequence
+from ctypes import c_double, c_int32, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from tenon.base.errors import ResourceError
+from tenon.compiler import toolchain
+from tenon.engine.policies.calibrate import DEPTHS, Calibrator
+from tenon.engine.policies.forest import Bool, Forest
+from tenon.engine.policies.speculate import Load, Pays
+from tenon.engine.policies.step_time import StepTimes
+
+log = logging.getLogger("tenon.engine")
+SOURCES = ("guess.c", "suffix.c")
+Entry = Callable[..., Any]
+
+
+class Native:
+    """The C entry points. Raises ``ResourceError`` where they cannot be compiled."""
+
+    suffix_new: Entry
+    suffix_free: Entry
+    suffix_begin: Entry
+    suffix_add: Entry
+    follower_new: Entry
+    follower_free: Entry
+    follower_share: Entry
+    follower_guess: Entry
+    follower_round: Entry
+    judge: Entry
+    pays: Entry
+
+    def __init__(self) -> None:
+        lib = toolchain.load(toolchain.build("guess", [toolchain.CSRC / name for name in SOURCES]))
+        P, I, N, D = c_void_p, c_int32, c_int64, c_double
+        for name, arguments, result in (
+            ("suffix_new", (), P),
+            ("suffix_free", (P,), None),
+            ("suffix_begin", (P,), None),
+            ("suffix_add", (P, P, N), I),
+            ("follower_new", (P,), P),
+            ("follower_free", (P,), None),
+            ("follower_share", (P, I, P, N), None),
+            ("follower_guess", (P, P, P, I, D, D, P), N),
+            ("follower_round", (P, N, N), N),
+            ("judge", (P, P, P), None),
+            ("pays", (P, N, N, P), N),
+        ):
+            function = lib[f"tenon_{name}"]
+            function.argtypes, function.restype = arguments, result
+            setattr(self, name, function)
+
+
+@cache
+def load() -> Native | None:
+    """Compiled once a machine; None where that cannot be done."""
+    try:
+        return Native()
+    except (ResourceError, AttributeError, OSError) as error:
+        log.warning("guesses are made in Python, which is slower: %s", error)
+        return None
+
+
+class ForestView(ctypes.Structure):
+    """Mirror of forest_t in guess.h; keep the fields in its order."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("n", "room")),
+        *((name, c_void_p) for name in ("token", "parent", "depth", "rank", "source", "q", "f", "chosen")),
+    ]
+
+
+class Weights(ctypes.Structure):
+    """Mirror of weights_t in guess.h; keep the fields in its order."""
+
+    _fields_ = [*((name, c_void_p) for name in "abc"), ("n_warmths", c_int64), ("n_depths", c_int64)]
+
+
+class Choice(ctypes.Structure):
+    """Mirror of choice_t in guess.h; keep the fields in its order."""
+
+    _fields_ = [*((name, c_void_p) for name in ("knots", "plain", "guessed")), ("n_knots", c_int64), ("margin", c_double)]
+
+
+def view(forest: Forest) -> int:
+    """The address of a forest's ``ForestView``, made once."""
+    if not isinstance(forest.view, ForestView):
+        names = [name for name, _ in ForestView._fields_][2:]
+        forest.view = ForestView(*forest.shape, *(getattr(forest, name).ctypes.data for name in names))
+    return ctypes.addressof(forest.view)
+
+
+class QuickCalibrator(Calibrator):
+    """``Calibrator`` that judges in C."""
+
+    def __init__(self, n_kinds: int, lib: Native) -> None:
+        super().__init__(n_kinds)
+        self._judge = lib.judge
+        a, b, c = self.weights
+        self._struct = Weights(a.ctypes.data, b.ctypes.data, c.ctypes.data, b.shape[1], DEPTHS)
+        self.address = ctypes.addressof(self._struct)
+
+    def judge(self, forest: Forest, warm: Sequence[int]) -> None:
+        warm_n = np.array(warm, np.int64)
+        self._judge(view(forest), warm_n.ctypes.data, self.address)
+
+
+class QuickPays(Pays):
+    """``Pays`` that chooses in C, by these times."""
+
+    def __init__(self, lib: Native, times: StepTimes) -> None:
+        super().__init__()
+        self._pays, self._times = lib.pays, times
+        knots, plain, guessed = times.arrays
+        self._struct = Choice(knots.ctypes.data, plain.ctypes.data, guessed.ctypes.data, len(knots), self.margin)
+        self.address = ctypes.addressof(self._struct)
+
+    def choose(self, forest: Forest, load: Load) -> Bool | None:
+        if load.seconds is not self._times:
+            return super().choose(forest, load)
+        return forest.chosen if self._pays(view(forest), load.n, load.most, self.address) > 0 else None
