@@ -173,7 +173,10 @@ class _Frame:
         """From its span's first position to that of the token which an output is."""
         self.out_seq, self.n_prompt = known.seq[rows], known.n_prompt[rows]
         self.bound = [
-            (seq, 1 if span.tree is None else span.n) for span in spans for seq in span.targets if seq.binding is not None
+            (seq, 1 if span.tree is None else span.n)
+            for span in spans
+            for seq in span.targets
+            if seq.binding is not None
         ]
         bound = [r for r, seq in enumerate(outputs) if seq.binding is not None]
         self.want = np.full(R, SAMPLE, np.uint8)

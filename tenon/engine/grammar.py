@@ -254,8 +254,8 @@ class Masks:
         self._collect(IDLE_WAIT_S)
 
     def rows(self, wanted: Sequence[tuple[Seq, int]]) -> U32:
-        """(B, W) of each of these sequences, none of which is late, its mask and those of the first nodes of its tree, so
-        many in all. Whoever has failed gets empty ones."""
+        """(B, W) of each of these sequences, none of which is late, its mask and those of the first nodes of its tree,
+        so many in all. Whoever has failed gets empty ones."""
         return np.concatenate([self._ready[seq][1][:n] for seq, n in wanted])
 
     def take_failed(self) -> dict[int, str]:

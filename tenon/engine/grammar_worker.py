@@ -134,7 +134,9 @@ class Grammars:
             while nodes[path[-1]][0] >= 0:
                 path.append(nodes[path[-1]][0])
             path.reverse()
-            common = next((k for k, (a, b) in enumerate(zip(at, path, strict=False)) if a != b), min(len(at), len(path)))
+            common = next(
+                (k for k, (a, b) in enumerate(zip(at, path, strict=False)) if a != b), min(len(at), len(path))
+            )
             if len(at) > common:
                 matcher.rollback(len(at) - common)
                 del at[common:]

@@ -22,6 +22,7 @@ from tenon.engine.blocks import BlockPool, root_digest
 from tenon.engine.chunks import Chunks
 from tenon.engine.config import EngineConfig
 from tenon.engine.counters import Counters
+from tenon.engine.entry import enter
 from tenon.engine.explain import Explainer
 from tenon.engine.grammar import Masks, begin
 from tenon.engine.integrity import check_integrity
@@ -32,7 +33,6 @@ from tenon.engine.policies.evict import Evict
 from tenon.engine.policies.table import POLICIES
 from tenon.engine.pooling import pooled, with_hidden
 from tenon.engine.recompute import CostOf, alike
-from tenon.engine.reuse import hold, resident, runs_of, turn_of
 from tenon.engine.scoring import output_scores, told, with_scores
 from tenon.engine.sequence import Request, Seq, State
 from tenon.engine.speculation.speculation import Speculation
@@ -95,6 +95,8 @@ class Scheduler:
         self._order = self._next_seq = 0
         self._spans: list[Span] = []
         self._lane: Lane | None = None
+        self.only_decodes = False
+        """Whether all sequences of the last step have their prompts behind them."""
         self.masks = masks
         self._n_bound, self._late = 0, NOBODY_LATE
         """Requests with a grammar, and sequences whose mask is not there yet."""
@@ -191,7 +193,9 @@ class Scheduler:
                 self._spans = list(lane.spans)
                 self._admit(self.chunks.budget(lane.seqs, (), self.waiting) - len(lane.spans))
             if self._lane is not lane:
+                self.only_decodes = False
                 return self._assembled(self.tables.take_moves())
+            self.only_decodes = True
             self.counters.steps += 1
             return self._assembler.further(self.counters.steps, self.weights_version, *lane.rows)
         self.leave_lane()
@@ -230,6 +234,7 @@ class Scheduler:
                 raise IntegrityError("there is work, but no span could be scheduled")
             return None
         moves = self.tables.take_moves()
+        self.only_decodes = all(span.seq.is_decoding for span in self._spans)
         self._lane = None if moves else Lane.open(self._spans, len(self.running))
         return self._assembled(moves)
 
@@ -271,7 +276,7 @@ class Scheduler:
                 return
             if self.running and sum(s.n_slots for s in (seq, *self.running)) > self.config.max_sequences:
                 return
-            if not self._enter(seq):
+            if not enter(self, seq):
                 return
             self.waiting.remove(seq)
             budget -= self._span_runs(seq, budget)
@@ -283,53 +288,6 @@ class Scheduler:
             self._spans.append(Span(seq, start, n, seq.heirs if start + n == seq.n_tokens else NOBODY))
             n_rows += n
         return n_rows
-
-    def _enter(self, seq: Seq) -> bool:
-        """Match what is resident or pending, take blocks for all tokens known (or ever possible, if preempted often),
-        run."""
-        config, size = self.config, self.config.block_tokens
-        last = len(seq.tokens) if seq.n_preempted >= self.config.max_preemptions else seq.n_tokens
-        n_blocks = -(-last // size)
-        if seq.looked_up is not None:
-            n_hits, n_offered = seq.looked_up
-            n_hits += self._n_offered() - n_offered  # all that was published or claimed since may be a hit
-            if n_blocks - n_hits > min(pool.n_available for pool in self.pools):
-                return False
-        gaps = config.reuse == "blocks"
-        looks = config.prefix_cache and seq.reads_cache
-        cached, awaited = resident(seq, self.pools, self.pending, gaps=gaps) if looks else ({}, {})
-        seq.looked_up = len(cached) + len(awaited), self._n_offered()
-        # Matched idle blocks count as available until they are held.
-        for group, pool in enumerate(self.pools):
-            n_held = len(awaited) + sum(pool.ref[blocks[group]] > 0 for blocks in cached.values())
-            if n_blocks - n_held > pool.n_available:
-                return False
-        pending = {i: [int(table[i]) for table in owner.tables] for i, owner in awaited.items()}
-        self.explain.admitted(seq, self.pools, dict(sorted((cached | pending).items())))
-        seq.turn = turn_of(cached, self.pools[0])
-        hold(seq, self.pools, cached, awaited, n_blocks)
-        seq.ahead = runs_of(cached, size)
-        seq.computed_to(0)
-        seq.n_published = seq.n_computed // size
-        seq.may_share = False
-        if config.prefix_cache and config.pending == "share":
-            own = (i for i in range(seq.n_tokens // size) if i not in cached and i not in awaited)
-            self.pending.enter(seq, awaited, own)
-        seq.pinned = seq.n_preempted >= self.config.max_preemptions
-        seq.state = RUNNING
-        self.leave_lane()
-        self.running.append(seq)
-        self.running.sort(key=lambda s: (s.request.order, s.index))
-        if seq.n_preempted == 0:
-            seq.request.cached_tokens = len(cached) * size
-            self.counters.prompt_tokens += seq.n_prompt
-            self.counters.cached_tokens += seq.request.cached_tokens
-            taken = runs_of(sorted((*cached, *awaited)), size)
-            self.counters.holes += sum(start > 0 for start, _ in taken)
-        return True
-
-    def _n_offered(self) -> int:
-        return self.pending.n_claimed + sum(pool.n_stored for pool in self.pools)
 
     def _reserve(self, seq: Seq, n_tokens: int) -> bool:
         """Blocks for positions up to ``n_tokens``, the one written next private; preempts later arrivals for it."""

@@ -76,8 +76,8 @@ def told(spans: Sequence[Span], result: StepResult) -> list[PromptScores]:
 def output_scores(
     result: StepResult, outputs: Sequence[int], k: int
 ) -> tuple[tuple[float, ...], tuple[tuple[tuple[int, float], ...], ...]]:
-    """The log-probabilities of the tokens of ``outputs`` and of each the ``k`` best alternatives; nothing where ``k`` is
-    -1."""
+    """The log-probabilities of the tokens of ``outputs`` and of each the ``k`` best alternatives; nothing where ``k``
+    is -1."""
     if k < 0:
         return (), ()
     found = [zip(result.top_ids[r, :k].tolist(), result.top_logprobs[r, :k].tolist(), strict=True) for r in outputs]

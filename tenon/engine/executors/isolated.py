@@ -1,10 +1,8 @@
 """An exception in a step costs the sequence that raises it, and nobody else.
 
-A step that raises is computed again, a sequence at a time; what a step writes it can write twice, and its moves are made
-once for all parts. A sequence
-that raises alone is told so. Where nothing at all can be computed any more, the exception goes on: the process ends and
-another one takes over.
-"""
+A step that raises is computed again, a sequence at a time; what a step writes it can write twice, and its moves are
+made once for all parts. A sequence that raises alone is told so. Where nothing at all can be computed any more, the
+exception goes on: the process ends and another one takes over."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
 for each kind of guess and each range of temperatures; siblings together at most 1. A path's probability is the product
 along it, so a node is never likelier than its parent. Only nodes whose parents came true teach anything. ``a`` is a sum
 of what all guesses at such temperatures have in common, all of a kind, and those at one depth, so that what was seldom
-seen is judged like what is like it. Weights move by gradient steps whose sizes fall with what was seen, down to a floor,
-so that a change of text is followed.
+seen is judged like what is like it. Weights move by gradient steps whose sizes fall with what was seen, down to a
+floor, so that a change of text is followed.
 
 Shapes: n sequences, C columns, K kinds of guesses, N observations.
 """
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tenon.engine.policies.forest import F32, Forest
 
 F64 = NDArray[np.float64]
+Ints = NDArray[np.integer]
 
 WARM: Final = (0.0, 0.5, 0.9)
 """Temperatures up to which a range goes; the last one has no end."""
@@ -66,17 +67,17 @@ class Calibrator:
         """a (kinds, warmths, depths), b and c (kinds, warmths): the same arrays as long as it lives."""
         return self._a, self._b, self._c
 
-    def probabilities(self, kind: NDArray, warm: NDArray, depth: NDArray, q: NDArray, rank: NDArray) -> F64:
+    def probabilities(self, kind: Ints, warm: Ints, depth: Ints, q: NDArray[np.floating], rank: Ints) -> F64:
         """Of nodes whose parents are true; all arrays of one shape."""
         x = np.clip(q, LOW, HIGH).astype(np.float64)
         z = self._a[kind, warm, np.minimum(depth, DEPTHS) - 1]
         z = z + self._b[kind, warm] * np.log(x / (1 - x)) + self._c[kind, warm] * (rank > 0)
-        return np.clip(1 / (1 + np.exp(-z)), LOW, HIGH)
+        return np.asarray(np.clip(1 / (1 + np.exp(-z)), LOW, HIGH))
 
-    def judge(self, forest: Forest, warm: Sequence[int]) -> None:
-        """Fill in ``forest.f``; ``warm`` is each row's."""
+    def judge(self, forest: Forest, warm_n: Ints) -> None:
+        """Fill in ``forest.f``; ``warm_n`` is each row's."""
         n, C = forest.shape
-        wide = np.broadcast_to(np.array(warm, np.int64)[:, None], (n, C))
+        wide = np.broadcast_to(warm_n[:, None], (n, C))
         p: F32 = self.probabilities(forest.source, wide, forest.depth, forest.q, forest.rank).astype(np.float32)
         if forest.rank.any():
             _share(forest, p)

@@ -62,7 +62,7 @@ class Forest:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.depth.shape  # type: ignore[return-value]
+        return self.depth.shape
 
     @property
     def is_chains(self) -> bool:
@@ -73,7 +73,7 @@ class Forest:
 
     def spine(self) -> Bool:
         """(n, C) the chain from each root along the first child of each node."""
-        on = (self.depth > 0) & (self.rank == 0)
+        on: Bool = (self.depth > 0) & (self.rank == 0)
         rows = np.arange(len(on))[:, None]
         up = np.maximum(self.parent, 0)
         for depth in range(2, int(self.depth.max(initial=0)) + 1):

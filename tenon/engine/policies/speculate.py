@@ -28,7 +28,7 @@ from tenon.engine.policies.forest import Bool, Forest
 
 F64 = NDArray[np.float64]
 
-MARGIN: Final = 0.03
+MARGIN: Final = 0.1
 """By how much a step with guesses has to be better than one without: a prediction's error should not decide."""
 BATCHES: Final = ((1, 8), (4, 6), (8, 4), (16, 3), (32, 2), (64, 1))
 """Of ``ByBatch``: up to so many sequences, chains of so many tokens; none beyond."""
@@ -57,6 +57,11 @@ class Load:
 
 class Speculate(Protocol):
     """Decides what is verified."""
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it goes by how long steps take, and so has to see both kinds now and then."""
+        ...
 
     def choose(self, forest: Forest, load: Load) -> Bool | None:
         """(n, C) the nodes to verify: of each its parent too, at most ``load.most``. None: none of them."""
@@ -87,8 +92,16 @@ def _first(on: Bool, f: NDArray[np.float32], most: int) -> Bool:
     return chosen
 
 
+class _Fixed:
+    """A rule that asks no clock."""
+
+    @property
+    def weighs(self) -> bool:
+        return False
+
+
 @dataclass(frozen=True)
-class Throughput:
+class Throughput(_Fixed):
     """``budget`` rows in all, roots among them."""
 
     budget: int = 256
@@ -99,7 +112,7 @@ class Throughput:
 
 
 @dataclass(frozen=True)
-class EqualSplit:
+class EqualSplit(_Fixed):
     budget: int = 256
 
     def choose(self, forest: Forest, load: Load) -> Bool:
@@ -108,7 +121,7 @@ class EqualSplit:
 
 
 @dataclass(frozen=True)
-class FixedTree:
+class FixedTree(_Fixed):
     nodes: int = 16
 
     def choose(self, forest: Forest, load: Load) -> Bool:
@@ -124,14 +137,14 @@ def _each(forest: Forest, n_nodes: int) -> Bool:
 
 
 @dataclass(frozen=True)
-class Chain:
+class Chain(_Fixed):
     k: int
 
     def choose(self, forest: Forest, load: Load) -> Bool:
         return _first(forest.spine() & (forest.depth <= self.k) & (forest.f > 0), forest.f, load.most)
 
 
-class ByBatch:
+class ByBatch(_Fixed):
     def choose(self, forest: Forest, load: Load) -> Bool:
         k = next((k for n, k in BATCHES if load.n <= n), 0)
         return Chain(k).choose(forest, load)
@@ -142,6 +155,10 @@ class Pays:
 
     def __init__(self, margin: float = MARGIN, *, chains: bool = False) -> None:
         self.margin, self._chains = margin, chains
+
+    @property
+    def weighs(self) -> bool:
+        return True
 
     def choose(self, forest: Forest, load: Load) -> Bool | None:
         f = np.where(forest.spine(), forest.f, 0) if self._chains else forest.f

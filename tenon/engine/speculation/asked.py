@@ -29,7 +29,7 @@ class Asked:
     def depths(self) -> I32:
         """(n,) how deep the trees may be: what is guessed has to leave room for a token after it."""
         n_tokens = np.array([seq.n_tokens for seq in self.seqs], np.int64)
-        return np.minimum(self.last_n - n_tokens, self.most_n).astype(np.int32)
+        return np.asarray(np.minimum(self.last_n - n_tokens, self.most_n), np.int32)
 
 
 class Company:

@@ -8,8 +8,8 @@ from typing import Final
 from tenon.engine.config import EngineConfig
 from tenon.engine.policies.speculate import SPECULATES
 from tenon.engine.policies.step_time import StepTimes
-from tenon.engine.speculation.drafter import Drafter
 from tenon.engine.speculation import native
+from tenon.engine.speculation.drafter import Drafter
 from tenon.engine.speculation.native import QuickPays
 from tenon.engine.speculation.ngram import Ngram
 from tenon.engine.speculation.speculation import Speculation

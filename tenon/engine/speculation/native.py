@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from ctypes import c_double, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from tenon.base.errors import ResourceError
 from tenon.compiler import toolchain
-from tenon.engine.policies.calibrate import DEPTHS, Calibrator
+from tenon.engine.policies.calibrate import DEPTHS, Calibrator, Ints
 from tenon.engine.policies.forest import Bool, Forest
 from tenon.engine.policies.speculate import Load, Pays
 from tenon.engine.policies.step_time import StepTimes
@@ -88,13 +88,17 @@ class Weights(ctypes.Structure):
 class Choice(ctypes.Structure):
     """Mirror of choice_t in guess.h; keep the fields in its order."""
 
-    _fields_ = [*((name, c_void_p) for name in ("knots", "plain", "guessed")), ("n_knots", c_int64), ("margin", c_double)]
+    _fields_ = [
+        *((name, c_void_p) for name in ("knots", "plain", "guessed")),
+        ("n_knots", c_int64),
+        ("margin", c_double),
+    ]
 
 
 def view(forest: Forest) -> int:
     """The address of a forest's ``ForestView``, made once."""
     if not isinstance(forest.view, ForestView):
-        names = [name for name, _ in ForestView._fields_][2:]
+        names = [field[0] for field in ForestView._fields_][2:]
         forest.view = ForestView(*forest.shape, *(getattr(forest, name).ctypes.data for name in names))
     return ctypes.addressof(forest.view)
 
@@ -109,8 +113,8 @@ class QuickCalibrator(Calibrator):
         self._struct = Weights(a.ctypes.data, b.ctypes.data, c.ctypes.data, b.shape[1], DEPTHS)
         self.address = ctypes.addressof(self._struct)
 
-    def judge(self, forest: Forest, warm: Sequence[int]) -> None:
-        warm_n = np.array(warm, np.int64)
+    def judge(self, forest: Forest, warm_n: Ints) -> None:
+        warm_n = np.ascontiguousarray(warm_n, np.int64)
         self._judge(view(forest), warm_n.ctypes.data, self.address)
 
 

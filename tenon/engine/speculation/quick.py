@@ -1,5 +1,5 @@
-"""The commonest round in one call to C: suffixes guess, and the policy "pays" chooses. Most steps end here, with nothing
-worth a guess, so this is what speculation costs those who have nothing to gain."""
+"""The commonest round in one call to C: suffixes guess, and the policy "pays" chooses. Most steps end here, with
+nothing worth a guess, so this is what speculation costs those who have nothing to gain."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from tenon.engine.policies.forest import I32, MAX_DEPTH, Forest, merged
 from tenon.engine.policies.speculate import Load, Speculate
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.sequence import Seq
-from tenon.engine.speculation.asked import NOBODY, Asked, Company
 from tenon.engine.speculation import native
+from tenon.engine.speculation.asked import NOBODY, Asked, Company
 from tenon.engine.speculation.drafter import Drafter
 from tenon.engine.speculation.native import QuickCalibrator
 from tenon.engine.speculation.quick import QuickRound
@@ -34,7 +34,9 @@ MAX_REQUESTS: Final = 64
 MAX_TREES: Final = 32
 """Trees of a request, the newest, that are kept to be looked at, of so many requests."""
 TRY_EVERY: Final = 128
-"""Of steps whose guesses were all refused, one verifies the likeliest all the same, lest a wrong judgement stand."""
+"""Of steps whose guesses were all refused, one verifies the likeliest all the same, lest a wrong judgement stand ..."""
+REST_EVERY: Final = 64
+"""... and of steps that have verified some, one does without: both go for policies that weigh them."""
 
 
 @dataclass
@@ -67,7 +69,13 @@ class Speculation:
     """Of one engine. ``max_depth`` and ``max_nodes`` bound each tree."""
 
     def __init__(
-        self, drafters: Sequence[Drafter], policy: Speculate, times: StepTimes, *, max_depth: int = 8, max_nodes: int = 16
+        self,
+        drafters: Sequence[Drafter],
+        policy: Speculate,
+        times: StepTimes,
+        *,
+        max_depth: int = 8,
+        max_nodes: int = 16,
     ) -> None:
         self.drafters, self.policy, self.times = tuple(drafters), policy, times
         self.max_depth, self.max_nodes = max_depth, max_nodes
@@ -79,7 +87,7 @@ class Speculation:
         """By request and sibling."""
         self._company = NOBODY
         self._quick = QuickRound.of(drafters, self.calibrator, policy)
-        self._n_refused = 0
+        self._n_refused = self._n_chosen = 0
 
     def draft(self, seqs: Sequence[Seq], most: int) -> int:
         """Give trees to those of ``seqs``, all that decode, that have none: ``most`` nodes at most, those of older
@@ -103,10 +111,13 @@ class Speculation:
             return n_nodes
         if chosen is None or not chosen.any():
             self._n_refused += 1
-            if self._n_refused % TRY_EVERY:
+            if self._n_refused % TRY_EVERY or not self.policy.weighs:
                 return n_nodes
             chosen = np.zeros(forest.shape, np.bool_)
             chosen.ravel()[int(np.argmax(forest.f))] = True
+        self._n_chosen += 1
+        if self._n_chosen % REST_EVERY == 0 and self.policy.weighs:
+            return n_nodes
         for i in np.flatnonzero(chosen.any(1)).tolist():
             seq = ask.seqs[i]
             tree = _tree(forest, i, chosen[i]).without(seq.request.stop_ids)
@@ -168,12 +179,8 @@ class Speculation:
         kept.append(Verified(n_before, tuple(tree.tokens), tuple(tree.parents), f, tuple(path)))
 
     def measured(self, step: Step, seconds: float) -> None:
-        """The step took so long, from tick to tick. Those with rows of prompts say nothing here."""
-        if step.n_rows == len(step.seq):
-            if step.n_outputs == step.n_rows:
-                self.times.tell(step.n_rows, seconds, guessed=False)
-        elif step.n_rows == step.n_outputs and not len(step.score_token):
-            self.times.tell(step.n_rows, seconds, guessed=True)
+        """The step took so long, from tick to tick; all its sequences decode."""
+        self.times.tell(step.n_rows, seconds, guessed=step.n_rows > len(step.seq))
 
     def forget(self, seq: Seq) -> None:
         """It has ended."""
@@ -197,10 +204,7 @@ def _tree(forest: Forest, i: int, chosen: np.ndarray) -> Tree:
     place = {column: k for k, column in enumerate(columns)}
     place[-1] = ROOT
     parents = [place[parent] for parent in forest.parent[i, columns].tolist()]
-    features = list(
-        zip(
-            forest.source[i, columns].tolist(), forest.q[i, columns].tolist(), forest.rank[i, columns].tolist(),
-            forest.f[i, columns].tolist(), strict=True,
-        )  # fmt: skip
+    features = zip(
+        *(array[i, columns].tolist() for array in (forest.source, forest.q, forest.rank, forest.f)), strict=True
     )
-    return Tree(forest.token[i, columns].tolist(), parents, features)
+    return Tree(forest.token[i, columns].tolist(), parents, list(features))

@@ -1,4 +1,4 @@
-"""``Tree``: what was drafted for one sequence and goes into the next step, and the walk that decides what of it is true.
+"""``Tree``: what was drafted for one sequence and goes into the next step; the walk decides what of it is true.
 
     row 0        the root: the sequence's newest token, whose K and V are not there yet
     row i + 1    node i; its parent comes before it
@@ -37,7 +37,8 @@ class Tree:
         if self.is_chain:
             self.depths = list(range(1, len(parents) + 1))
             return
-        self.depths = depths = []
+        depths: list[int] = []
+        self.depths = depths
         for i, parent in enumerate(parents):
             if not ROOT <= parent < i:
                 raise IntegrityError(f"node {i} of a tree comes before its parent {parent}")
@@ -74,8 +75,8 @@ class Tree:
 
 
 def walk(tree: Tree, sampled: Sequence[int]) -> list[int]:
-    """The nodes that came true, from the root down. ``sampled``: what each row's sample was, the root's first; rows that
-    the walk does not come to may have none."""
+    """The nodes that came true, from the root down. ``sampled``: what each row's sample was, the root's first; rows
+    that the walk does not come to may have none."""
     path: list[int] = []
     at, token = ROOT, sampled[0]
     for i, parent in enumerate(tree.parents):

@@ -1,0 +1,61 @@
+"""A waiting sequence comes in: what of its context is resident or pending is taken over, blocks are taken for the
+rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tenon.engine.reuse import hold, resident, runs_of, turn_of
+from tenon.engine.sequence import Seq, State
+
+if TYPE_CHECKING:
+    from tenon.engine.scheduler import Scheduler
+
+
+def enter(scheduler: Scheduler, seq: Seq) -> bool:
+    """Match what is resident or pending, take blocks for all tokens known (or ever possible, if preempted often),
+    run."""
+    config, size = scheduler.config, scheduler.config.block_tokens
+    last = len(seq.tokens) if seq.n_preempted >= scheduler.config.max_preemptions else seq.n_tokens
+    n_blocks = -(-last // size)
+    if seq.looked_up is not None:
+        n_hits, n_offered = seq.looked_up
+        n_hits += _n_offered(scheduler) - n_offered  # all that was published or claimed since may be a hit
+        if n_blocks - n_hits > min(pool.n_available for pool in scheduler.pools):
+            return False
+    gaps = config.reuse == "blocks"
+    looks = config.prefix_cache and seq.reads_cache
+    cached, awaited = resident(seq, scheduler.pools, scheduler.pending, gaps=gaps) if looks else ({}, {})
+    seq.looked_up = len(cached) + len(awaited), _n_offered(scheduler)
+    # Matched idle blocks count as available until they are held.
+    for group, pool in enumerate(scheduler.pools):
+        n_held = len(awaited) + sum(pool.ref[blocks[group]] > 0 for blocks in cached.values())
+        if n_blocks - n_held > pool.n_available:
+            return False
+    pending = {i: [int(table[i]) for table in owner.tables] for i, owner in awaited.items()}
+    scheduler.explain.admitted(seq, scheduler.pools, dict(sorted((cached | pending).items())))
+    seq.turn = turn_of(cached, scheduler.pools[0])
+    hold(seq, scheduler.pools, cached, awaited, n_blocks)
+    seq.ahead = runs_of(cached, size)
+    seq.computed_to(0)
+    seq.n_published = seq.n_computed // size
+    seq.may_share = False
+    if config.prefix_cache and config.pending == "share":
+        own = (i for i in range(seq.n_tokens // size) if i not in cached and i not in awaited)
+        scheduler.pending.enter(seq, awaited, own)
+    seq.pinned = seq.n_preempted >= scheduler.config.max_preemptions
+    seq.state = State.RUNNING
+    scheduler.leave_lane()
+    scheduler.running.append(seq)
+    scheduler.running.sort(key=lambda s: (s.request.order, s.index))
+    if seq.n_preempted == 0:
+        seq.request.cached_tokens = len(cached) * size
+        scheduler.counters.prompt_tokens += seq.n_prompt
+        scheduler.counters.cached_tokens += seq.request.cached_tokens
+        taken = runs_of(sorted((*cached, *awaited)), size)
+        scheduler.counters.holes += sum(start > 0 for start, _ in taken)
+    return True
+
+
+def _n_offered(scheduler: Scheduler) -> int:
+    return scheduler.pending.n_claimed + sum(pool.n_stored for pool in scheduler.pools)
