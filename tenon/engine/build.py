@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tenon.base.clock import SYSTEM, Clock
@@ -17,7 +17,7 @@ from tenon.engine.executors.isolated import Isolated
 from tenon.engine.grammar import Masks, Vocabulary
 from tenon.engine.recompute import recompute_cost
 from tenon.engine.scheduler import Scheduler
-from tenon.engine.speculation.build import build_speculation
+from tenon.engine.speculation.build import Draft, build_speculation, check_vocabulary
 from tenon.engine.speculation.measure import step_times
 from tenon.models.generation import read_generation
 from tenon.models.hf_config import read_config
@@ -81,11 +81,11 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
     eos_ids = read_generation(folder, spec).eos_ids
     on_phase("config", 1.0, f"{spec.family}, {spec.n_parameters() / 1e6:.1f} M parameters")
     name = Path(config.model).name or config.model
-    groups = spec.kv_groups(
-        name, config.block_tokens, DTYPE_BYTES[spec.dtype if config.dtype == "auto" else config.dtype]
-    )
+    groups = _groups(spec, name, config)
+    drafting = _find_draft(config, folder, spec)
+    draft_groups = () if drafting is None else _groups(drafting[1], config.draft_model or "", config)
     if config.kv_bytes is not None:
-        plan_memory(config, spec, groups, 0)  # what cannot fit is said before the weights are loaded
+        plan_memory(config, spec, groups + draft_groups, 0)  # what cannot fit is said before the weights are loaded
     executor: Executor
     generates = True
     if config.executor == "hash":
@@ -99,17 +99,26 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
         torch_executor = TorchExecutor.load(folder, spec, config, on_phase, clock)
         executor, free = torch_executor, torch_executor.free_bytes()
         generates = torch_executor.has_head
-    memory = plan_memory(config, spec, groups, free)
+    draft_executor = None if drafting is None else _load_draft(config, *drafting, on_phase, clock)
+    memory = plan_memory(config, spec, groups + draft_groups, free)
     on_phase("memory", 0.0, f"{memory.kv_bytes / 2**20:.0f} MiB for {memory.tokens} tokens")
     executor.allocate(groups, memory.n_blocks)
+    if draft_executor is not None:
+        draft_executor.allocate(draft_groups, memory.n_blocks)
     on_phase("memory", 1.0, f"{memory.kv_bytes / 2**20:.0f} MiB for {memory.tokens} tokens")
     n_masks = config.max_sequences * (1 + config.speculative_nodes if config.drafters else 1)
     masks = Masks(Vocabulary(str(folder), spec.vocab_size, eos_ids), n_masks, clock)
     measured = {1: config.step_ms / 1e3 if config.step_ms else 1e-3}
+    draft = None
     if config.drafters and config.executor != "hash":
         on_phase("steps", 0.0, "how long steps take")
         measured = step_times(executor, groups, memory.n_blocks, config, clock)
         on_phase("steps", 1.0, f"{min(measured.values()) * 1e3:.2f} ms and more")
+    if draft_executor is not None and drafting is not None:
+        draft_measured = dict(measured)
+        if config.executor != "hash":
+            draft_measured = step_times(draft_executor, draft_groups, memory.n_blocks, config, clock)
+        draft = Draft(draft_executor, draft_groups, memory.n_blocks, drafting[1].max_position, draft_measured)
     caps, predicted = executor.caps, Predictor(None, "")
     if config.chunk == "adaptive":
         predicted = predictor(spec, caps.dtype, caps.device)
@@ -125,7 +134,7 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
         cost_of=recompute_cost(spec, config.block_tokens),
         chunks=Chunks(config, groups, predicted.step_s),
         masks=masks,
-        speculation=build_speculation(config, measured),
+        speculation=build_speculation(config, measured, spec.vocab_size, draft, clock),
     )
     identity = Identity(
         name=name,
@@ -146,3 +155,30 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
         generates=generates,
     )
     return Engine(config, identity, scheduler, Isolated(executor), clock, on_close=masks.close)
+
+
+def _groups(spec: ModelSpec, name: str, config: EngineConfig) -> tuple[KVGroup, ...]:
+    dtype = spec.dtype if config.dtype == "auto" else config.dtype
+    return spec.kv_groups(name, config.block_tokens, DTYPE_BYTES[dtype])
+
+
+def _find_draft(config: EngineConfig, target: Path, spec: ModelSpec) -> tuple[Path, ModelSpec] | None:
+    """Folder and shapes of the draft model, if there is to be one. Raises ``ConfigError`` for one that speaks another
+    language than the target."""
+    if config.draft_model is None:
+        return None
+    folder = resolve(config.draft_model)
+    draft = read_config(folder)
+    check_vocabulary(target, spec, folder, draft, config.draft_model)
+    return folder, draft
+
+
+def _load_draft(config: EngineConfig, folder: Path, spec: ModelSpec, on_phase: OnPhase, clock: Clock) -> Executor:
+    """Its numbers need not be the same in any company: what is emitted does not depend on them."""
+    if config.executor == "hash":
+        from tenon.engine.executors.hash import HashExecutor
+
+        return HashExecutor(spec.vocab_size, width=spec.hidden_size)
+    from tenon.engine.executors.torch import TorchExecutor
+
+    return TorchExecutor.load(folder, spec, replace(config, numerics="fast", max_model_len=None), on_phase, clock)

@@ -27,21 +27,20 @@ BLOCK_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 class EngineConfig:
     """Raises ``ConfigError`` naming the field, when made.
 
-    ``model``: a folder, a hub name, or "embedded". ``kv_bytes``: memory for keys and values; derived from free
-    memory and what ``max_sequences`` of ``max_model_len`` could ever fill. ``max_step_tokens``: rows in one
-    step, shared by decodes and prefill chunks. ``max_preemptions``: after so many a sequence comes back only
-    with all blocks it can ever need, and keeps them. ``numerics``: "invariant" promises that a row's bits do not
-    depend on what else is in the step, and is refused where that cannot be kept; "fast" takes what there is.
-    ``reuse``: which resident blocks of a context a request takes over: all of them, beyond holes too, or the leading
-    ones only, as most engines do. ``pending``: whether blocks that a running request is computing are shared with
-    those that come with the same tokens meanwhile, who wait for them, or each computes its own.
-    ``chunk``: rows of prompts in a step with decodes: "fixed" takes what has room,
-    "adaptive" as many as keep a step within ``tpot_ms``, milliseconds between two tokens of a sequence, which it
-    requires, "threshold" fewer the more sequences decode; neither goes under ``min_chunk_tokens``.
-    ``speculative``: who guesses what sequences say next, separated by commas: "ngram", "suffix"; nobody where it is
-    empty. What is guessed is verified in the steps that ``speculative_policy`` chooses, at most
-    ``speculative_depth`` tokens ahead and ``speculative_nodes`` of them a sequence: outputs stay the same.
-    """
+    ``model``: a folder, a hub name, or "embedded". ``kv_bytes``: memory for keys and values; derived from free memory
+    and what ``max_sequences`` of ``max_model_len`` could ever fill. ``max_step_tokens``: rows in one step, shared by
+    decodes and prefill chunks. ``max_preemptions``: after so many a sequence comes back only with all blocks it can
+    ever need, and keeps them. ``numerics``: "invariant" promises that a row's bits do not depend on what else is in the
+    step, and is refused where that cannot be kept; "fast" takes what there is. ``reuse``: which resident blocks of a
+    context a request takes over: all of them, beyond holes too, or the leading ones only, as most engines do.
+    ``pending``: whether blocks that a running request is computing are shared with those that come with the same tokens
+    meanwhile, who wait for them, or each computes its own. ``chunk``: rows of prompts in a step with decodes: "fixed"
+    takes what has room, "adaptive" as many as keep a step within ``tpot_ms``, milliseconds between two tokens of a
+    sequence, which it requires, "threshold" fewer the more sequences decode; neither goes under ``min_chunk_tokens``.
+    ``speculative``: who guesses what sequences say next, separated by commas: "ngram", "suffix", and at most one draft
+    model as ``model`` names one ("embedded-draft"), of the same tokenizer; nobody where it is empty. What is guessed is
+    verified in the steps that ``speculative_policy`` chooses, at most ``speculative_depth`` tokens ahead and
+    ``speculative_nodes`` of them a sequence: outputs stay the same."""
 
     model: str = "embedded"
     executor: Literal["torch", "hash"] = "torch"
@@ -89,8 +88,9 @@ class EngineConfig:
         require(self.step_ms is None or 0 < self.step_ms < math.inf, "step_ms", "above 0, or left out")
         require(self.step_ms is None or self.executor == "hash", "step_ms", "left out: only the hash executor has one")
         require(self.tpot_ms is not None or self.chunk != "adaptive", "tpot_ms", "given where chunk is 'adaptive'")
-        names = "'ngram' or 'suffix', each once, separated by commas"
-        require(set(self.drafters) <= set(DRAFTERS) and _differ(self.drafters), "speculative", names)
+        names = "'ngram', 'suffix' and at most one draft model, each once, separated by commas"
+        models = [name for name in self.drafters if name not in DRAFTERS]
+        require("" not in self.drafters and len(models) <= 1 and _differ(self.drafters), "speculative", names)
         policies = f"one of {', '.join(map(repr, SPECULATES))}"
         require(self.speculative_policy in SPECULATES, "speculative_policy", policies)
         require(1 <= self.speculative_depth <= MAX_DEPTH, "speculative_depth", f"from 1 to {MAX_DEPTH}")
@@ -107,6 +107,11 @@ class EngineConfig:
     def drafters(self) -> tuple[str, ...]:
         """Who guesses, in the order of the config."""
         return tuple(part.strip() for part in self.speculative.split(",")) if self.speculative else ()
+
+    @property
+    def draft_model(self) -> str | None:
+        """The one among the drafters, if there is one."""
+        return next((name for name in self.drafters if name not in DRAFTERS), None)
 
     def resolve(self, **derived: Any) -> EngineConfig:
         """A new config with what was derived filled in; checked again."""

@@ -19,6 +19,7 @@ from tenon.base import philox
 from tenon.engine.step import EDIT_ADD, EDIT_BAN, F32, SAMPLE, SCORE, Params, Step, StepResult, guesses
 
 Noise = Callable[[int, int, int, NDArray[np.int64]], NDArray[np.float64]]
+Best = Callable[[NDArray[np.float32], int, float, int, int, int], tuple[NDArray[np.int32], NDArray[np.float64]]]
 Choose = Callable[[NDArray[np.float32], float, int, int, int], int]
 
 
@@ -142,6 +143,43 @@ def sample_rows(
             continue
         look_up(step, result, r, logits_RV[r])
     return result
+
+
+def draft_rows(step: Step, logits_RV: F32, noise: Noise | None = None, fast: Best | None = None) -> StepResult:
+    """The best tokens of each output of a step whose outputs want that (DRAFT); none of a row that is not finite.
+
+    ``noise`` and ``fast`` as in ``sample_rows``.
+    """
+    result = StepResult.nothing(step, max(0, int(step.params.n_logprobs.max(initial=-1))))
+    for r, logits_V in enumerate(logits_RV):
+        p = int(step.params_index[r])
+        key = int(step.params.seed[p]), int(step.params.sample[p]), int(step.out_position[r])
+        temperature, k = float(step.params.temperature[p]), int(step.params.n_logprobs[p])
+        plain = step.params.top_k[p] == 0 and step.params.top_p[p] >= 1 and step.params.min_p[p] == 0
+        if fast is not None and (plain or temperature == 0):
+            ids, scores = fast(logits_V, k, temperature, *key)
+        else:
+            ids, scores = best(logits_V, step.params, p, k, key, noise or philox.noise)
+        result.top_ids[r, : len(ids)] = ids
+        result.top_logprobs[r, : len(ids)] = scores
+    return result
+
+
+def best(
+    logits_V: F32, params: Params, p: int, k: int, key: tuple[int, int, int], noise: Noise = philox.noise
+) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """At most ``k`` tokens of parameter row ``p``, the best first by what sampling goes by; see ``StepResult.top_ids``.
+    ``key``: seed, sample, output position."""
+    if not np.isfinite(logits_V.max()):
+        return np.zeros(0, np.int32), np.zeros(0)
+    if params.temperature[p] == 0:
+        ids, x = np.flatnonzero(logits_V > -np.inf), log_softmax(logits_V)
+        x = x[ids]
+    else:
+        ids, x = survivors(logits_V, params, p)
+        x = x + noise(*key, ids)
+    order = np.lexsort((ids, -x))[:k]
+    return ids[order].astype(np.int32), x[order]
 
 
 def look_up(step: Step, result: StepResult, r: int, logits_V: NDArray[np.floating]) -> None:

@@ -39,6 +39,9 @@ F64 = NDArray[np.float64]
 SAMPLE: Final = 1
 SCORE: Final = 2
 HIDDEN: Final = 4
+DRAFT: Final = 8
+"""What is wanted of an output: a token; log-probabilities of given ones; the hidden state; the ``n_logprobs`` best
+tokens by what sampling goes by, the noise included. A step with the last has no other outputs."""
 
 EDIT_ADD: Final = 0
 EDIT_BAN: Final = 1
@@ -112,7 +115,7 @@ class Step:
     out_position: I32
     """(R,) index of the token among the sequence's outputs, negative for the prompt's: part of the noise's key."""
     want: U8
-    """(R,) SAMPLE | SCORE | HIDDEN."""
+    """(R,) SAMPLE | SCORE | HIDDEN, or DRAFT."""
     params_index: I32
     bitmask_index: I32
     """(R,) row of ``bitmask``; -1: all tokens are allowed."""
@@ -228,7 +231,8 @@ class StepResult:
     logprobs: F32
     """(R,) log-probability of the sampled id under the unprocessed logits; NaN where not wanted."""
     top_ids: I32
-    """(R, k) best ids, k the largest number asked for; -1 pads."""
+    """(R, k) best ids, k the largest number asked for; -1 pads. Where DRAFT is wanted, by logit / temperature + noise,
+    or at temperature 0 by log-probability: ``top_logprobs`` are these numbers."""
     top_logprobs: F32
     scores: F32
     """Log-probabilities of ``score_token``."""

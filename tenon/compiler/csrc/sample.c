@@ -122,3 +122,49 @@ int64_t tenon_choose(
     }
     return id;
 }
+
+enum { MOST_BEST = 64 };
+
+static void keep(double score, int32_t token, int64_t k, int64_t *n, int32_t *ids, double *scores) {
+    int64_t at = *n < k ? (*n)++ : k - 1;
+    for (; at > 0 && scores[at - 1] < score; at--) scores[at] = scores[at - 1], ids[at] = ids[at - 1];
+    scores[at] = score, ids[at] = token;
+}
+
+// The k best tokens by what they would be chosen by, best first, of equals the smaller: logit / temperature + noise; at
+// temperature 0 log-probabilities. Returns how many there are, none where one is NaN or none is finite.
+int64_t tenon_best(
+    const float *logit, int64_t vocab, int64_t k, float temperature, uint64_t seed, uint32_t sample, uint32_t position,
+    int32_t *ids, double *scores) {
+    float top = -INFINITY;
+    int nan = 0;
+    for (int64_t i = 0; i < vocab; i++) {
+        top = logit[i] > top ? logit[i] : top;
+        nan |= logit[i] != logit[i];
+    }
+    if (nan || !isfinite(top) || k > MOST_BEST) return 0;
+    int64_t n = 0;
+    if (temperature == 0) {
+        double all = 0;
+        for (int64_t i = 0; i < vocab; i++) all += expf(logit[i] - top);
+        for (int64_t i = 0; i < vocab; i++)
+            if (logit[i] > -INFINITY && (n < k || logit[i] > scores[n - 1])) keep(logit[i], (int32_t)i, k, &n, ids, scores);
+        for (int64_t j = 0; j < n; j++) scores[j] -= top + log(all);
+        return n;
+    }
+    const double t = temperature, inverse = 1 / t;
+    for (int64_t first = 0; first < vocab; first += 4 * TOGETHER) {
+        const int64_t end = first + 4 * TOGETHER < vocab ? first + 4 * TOGETHER : vocab;
+        uint32_t word[4][TOGETHER];
+        philox_many((uint32_t)(first / 4), position, sample, seed, word);
+        for (int64_t i = first; i < end; i++) {
+            if (logit[i] == -INFINITY) continue;
+            const uint32_t r = word[i & 3][(i - first) >> 2];
+            const int zeros = r ? __builtin_clz(r) : 32;
+            if (n == k && (double)logit[i] * inverse + (zeros + 1) * 0.6931471806 <= scores[n - 1] - 1e-3) continue;
+            const double score = (double)logit[i] / t + gumbel(r);
+            if (n < k || score > scores[n - 1]) keep(score, (int32_t)i, k, &n, ids, scores);
+        }
+    }
+    return n;
+}

@@ -16,8 +16,8 @@ from tenon.base.clock import SYSTEM, Clock, sleep_s
 from tenon.base.errors import IntegrityError
 from tenon.base.philox import derive
 from tenon.engine.executors.base import Caps, Ticket
-from tenon.engine.sampling import sample_rows
-from tenon.engine.step import F32, HIDDEN, I32, SAMPLE, Step, StepResult
+from tenon.engine.sampling import draft_rows, sample_rows
+from tenon.engine.step import DRAFT, F32, HIDDEN, I32, SAMPLE, Step, StepResult
 from tenon.models.spec import KVGroup
 
 EMPTY = -7
@@ -112,7 +112,8 @@ class HashExecutor:
         for r in np.flatnonzero(step.bitmask_index >= 0):
             found[r] = self._others(rows[r], found[r])
         logits_RV = np.stack(found) if n else np.zeros((0, self._vocab_size), np.float32)
-        result = sample_rows(step, logits_RV)
+        drafts = bool(len(step.want)) and bool(step.want[0] & DRAFT)
+        result = draft_rows(step, logits_RV) if drafts else sample_rows(step, logits_RV)
         for seq, token, want in zip(step.out_seq.tolist(), result.ids.tolist(), step.want.tolist(), strict=True):
             if want & SAMPLE:
                 self._last.pop(seq, None)

@@ -28,8 +28,8 @@ from tenon.engine.executors import native
 from tenon.engine.executors.attention import NativeAttention, TorchAttention
 from tenon.engine.executors.base import Caps, Ticket
 from tenon.engine.executors.stack import HEAD_MULTIPLE, Stack, uncovered
-from tenon.engine.sampling import look_up, sample_rows
-from tenon.engine.step import HIDDEN, SAMPLE, SCORE, Step, StepResult
+from tenon.engine.sampling import draft_rows, look_up, sample_rows
+from tenon.engine.step import DRAFT, HIDDEN, SAMPLE, SCORE, Step, StepResult
 from tenon.models import rope
 from tenon.models.checkpoint import load_decoder, random_decoder
 from tenon.models.decoder import Decoder, Maths
@@ -284,6 +284,10 @@ class TorchExecutor:
     @torch.inference_mode()
     def _sample(self, step: Step, logits_RV: Tensor) -> StepResult:
         """Tokens of the outputs; rows that are greedy and plain never leave the device as logits."""
+        noise, fast = (self._native.noise, self._native.choose) if self._native is not None else (None, None)
+        if len(step.want) and step.want[0] & DRAFT:
+            best = self._native.best if self._native is not None else None
+            return draft_rows(step, logits_RV.float().cpu().numpy(), noise, best)
         greedy = self._greedy(logits_RV)
         n = len(logits_RV)
         index = step.params_index[:n]
@@ -293,7 +297,6 @@ class TorchExecutor:
             host = np.zeros((n, 0), np.float32)
         else:
             host = logits_RV.float().cpu().numpy()
-        noise, fast = (self._native.noise, self._native.choose) if self._native is not None else (None, None)
         return sample_rows(step, host, noise, greedy, fast)
 
     @torch.inference_mode()

@@ -30,6 +30,8 @@ F64 = NDArray[np.float64]
 
 MARGIN: Final = 0.1
 """By how much a step with guesses has to be better than one without: a prediction's error should not decide."""
+TREE: Final = (6, 3)
+"""Of rules that take the likeliest nodes of whatever trees there are (AdaServe's settings: 4 to 8 deep, 3 wide)."""
 BATCHES: Final = ((1, 8), (4, 6), (8, 4), (16, 3), (32, 2), (64, 1))
 """Of ``ByBatch``: up to so many sequences, chains of so many tokens; none beyond."""
 
@@ -61,6 +63,11 @@ class Speculate(Protocol):
     @property
     def weighs(self) -> bool:
         """Whether it goes by how long steps take, and so has to see both kinds now and then."""
+        ...
+
+    @property
+    def drafts(self) -> tuple[int, int] | None:
+        """Depth and width of the trees that it wants of a draft model; None for as much as pays."""
         ...
 
     def choose(self, forest: Forest, load: Load) -> Bool | None:
@@ -98,6 +105,10 @@ class _Fixed:
     @property
     def weighs(self) -> bool:
         return False
+
+    @property
+    def drafts(self) -> tuple[int, int] | None:
+        return TREE
 
 
 @dataclass(frozen=True)
@@ -140,11 +151,19 @@ def _each(forest: Forest, n_nodes: int) -> Bool:
 class Chain(_Fixed):
     k: int
 
+    @property
+    def drafts(self) -> tuple[int, int] | None:
+        return self.k, 1
+
     def choose(self, forest: Forest, load: Load) -> Bool:
         return _first(forest.spine() & (forest.depth <= self.k) & (forest.f > 0), forest.f, load.most)
 
 
 class ByBatch(_Fixed):
+    @property
+    def drafts(self) -> tuple[int, int] | None:
+        return BATCHES[0][1], 1
+
     def choose(self, forest: Forest, load: Load) -> Bool:
         k = next((k for n, k in BATCHES if load.n <= n), 0)
         return Chain(k).choose(forest, load)
@@ -159,6 +178,10 @@ class Pays:
     @property
     def weighs(self) -> bool:
         return True
+
+    @property
+    def drafts(self) -> tuple[int, int] | None:
+        return None
 
     def choose(self, forest: Forest, load: Load) -> Bool | None:
         f = np.where(forest.spine(), forest.f, 0) if self._chains else forest.f

@@ -25,6 +25,7 @@ from tenon.engine.sequence import Seq
 from tenon.engine.speculation import native
 from tenon.engine.speculation.asked import NOBODY, Asked, Company
 from tenon.engine.speculation.drafter import Drafter
+from tenon.engine.speculation.model import DraftModel
 from tenon.engine.speculation.native import QuickCalibrator
 from tenon.engine.speculation.quick import QuickRound
 from tenon.engine.speculation.tree import ROOT, Tree
@@ -88,6 +89,8 @@ class Speculation:
         self._company = NOBODY
         self._quick = QuickRound.of(drafters, self.calibrator, policy)
         self._n_refused = self._n_chosen = 0
+        models = [drafter for drafter in drafters if isinstance(drafter, DraftModel)]
+        self._model = (models[0], self.kinds.index(models[0].kinds[0])) if models else None
 
     def draft(self, seqs: Sequence[Seq], most: int) -> int:
         """Give trees to those of ``seqs``, all that decode, that have none: ``most`` nodes at most, those of older
@@ -165,6 +168,9 @@ class Speculation:
         for depth in range(len(path)):
             counts.accepted_at[depth] += 1
         self.calibrator.observe(seen)
+        if self._model is not None:
+            model, kind = self._model
+            model.verified(seq, tree, path, kind)
         self._keep(seq, tree, path)
 
     def _keep(self, seq: Seq, tree: Tree, path: Sequence[int]) -> None:

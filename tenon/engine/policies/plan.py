@@ -1,0 +1,105 @@
+"""How deep and how wide a draft model looks ahead before anything of it is known: as far as brings the most tokens a
+second (AdaServe, arXiv 2501.12162, §4.3 fixes both by the load alone; here the steps' times and what came true decide).
+
+A level's steps are all alike: they add ``width`` nodes to each tree. A chain of levels comes true down to depth j with
+probability h^j, h being the chance that one of ``width`` guesses is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+
+from tenon.engine.policies.calibrate import WARM
+from tenon.engine.policies.speculate import MARGIN, Seconds
+
+WIDTHS: Final = (1, 2, 3)
+FIRST: Final = (0.5, 0.3, 0.2)
+"""Chances that a guess of each rank is right where the ones before it are wrong, before anything is known."""
+MEMORY: Final = 128
+"""Observations that an average goes back."""
+KEEP: Final = 32
+"""Rounds that a choice stands for, as long as the same kind of sequences decode."""
+TRY_EVERY: Final = 256
+"""Of rounds in which nothing is to be drafted one drafts all the same, lest a wrong judgement stand."""
+
+
+class Plan(Protocol):
+    """Decides how far to look ahead, and learns from what came of it."""
+
+    def choose(self, warm: Sequence[int], n_decodes: int) -> tuple[int, int]:
+        """Depth and width for sequences of these warmths, among so many that decode; (0, 0): not at all."""
+        ...
+
+    def observe(self, warm: int, ranks: Sequence[int], right: int | None) -> None:
+        """Below a node that came true guesses of these ranks were verified; ``right`` is the rank of the right one."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """The same whatever happens: for policies that take what they are given."""
+
+    depth: int
+    width: int
+
+    def choose(self, warm: Sequence[int], n_decodes: int) -> tuple[int, int]:
+        return self.depth, self.width
+
+    def observe(self, warm: int, ranks: Sequence[int], right: int | None) -> None:
+        """Nothing to learn."""
+
+
+class DraftPlan:
+    """``draft_s`` predicts a step of the draft model by its rows; ``seconds`` are the target's."""
+
+    def __init__(self, seconds: Seconds, draft_s: Callable[[int], float], max_depth: int) -> None:
+        self._seconds, self._draft_s, self._max_depth = seconds, draft_s, max_depth
+        n_warm = len(WARM) + 1
+        self._chance = np.tile(np.array(FIRST), (n_warm, 1))
+        self._n = np.zeros((n_warm, len(FIRST)))
+        self._n_idle = 0
+        self._left = self._n_decodes = 0
+        self._warm: list[int] = []
+        self._best = (0, 0)
+
+    def choose(self, warm: Sequence[int], n_decodes: int) -> tuple[int, int]:
+        """Depth and width for sequences of these warmths; (0, 0) where it does not pay."""
+        if self._left == 0 or n_decodes != self._n_decodes or warm != self._warm:
+            self._left, self._n_decodes, self._warm = KEEP, n_decodes, list(warm)
+            self._best = self._choose(warm, n_decodes)
+        self._left -= 1
+        if self._best == (0, 0):
+            self._n_idle += 1
+            if self._n_idle % TRY_EVERY == 0:
+                return min(2, self._max_depth), 2
+        return self._best
+
+    def _choose(self, warm: Sequence[int], n_decodes: int) -> tuple[int, int]:
+        n = len(warm)
+        chance = self._chance[list(warm)].mean(0)
+        best, best_rate = (0, 0), n_decodes / self._seconds.plain(n_decodes) * (1 + MARGIN)
+        for width in WIDTHS:
+            hit = 1 - float(np.prod(1 - chance[:width]))
+            depth = np.arange(1, self._max_depth + 1)
+            gained = n_decodes + n * np.cumsum(hit**depth)
+            # The first level computes what is new of each context, later ones the trees so far.
+            level_s = [self._draft_s(n if d == 1 or width == 1 else n * (1 + width * (d - 1))) for d in depth.tolist()]
+            total_s = np.cumsum(level_s) + self._seconds.guessed(n_decodes + n * width * depth)
+            rate = gained / total_s
+            at = int(np.argmax(rate))
+            if rate[at] > best_rate:
+                best, best_rate = (at + 1, width), float(rate[at])
+        return best
+
+    def observe(self, warm: int, ranks: Sequence[int], right: int | None) -> None:
+        for rank in sorted(ranks):
+            if rank >= len(FIRST):
+                return
+            n = self._n[warm, rank] = min(self._n[warm, rank] + 1, MEMORY)
+            self._chance[warm, rank] += ((right == rank) - self._chance[warm, rank]) / (n + 1)
+            if right == rank:
+                return
