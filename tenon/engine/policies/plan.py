@@ -7,7 +7,7 @@ probability h^j, h being the chance that one of ``width`` guesses is right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -54,10 +54,10 @@ class FixedPlan:
 
 
 class DraftPlan:
-    """``draft_s`` predicts a step of the draft model by its rows; ``seconds`` are the target's."""
+    """``seconds`` predict the target's steps, ``draft`` a level of the draft model's by its rows (``guessed``)."""
 
-    def __init__(self, seconds: Seconds, draft_s: Callable[[int], float], max_depth: int) -> None:
-        self._seconds, self._draft_s, self._max_depth = seconds, draft_s, max_depth
+    def __init__(self, seconds: Seconds, draft: Seconds, max_depth: int) -> None:
+        self._seconds, self._draft, self._max_depth = seconds, draft, max_depth
         n_warm = len(WARM) + 1
         self._chance = np.tile(np.array(FIRST), (n_warm, 1))
         self._n = np.zeros((n_warm, len(FIRST)))
@@ -87,8 +87,8 @@ class DraftPlan:
             depth = np.arange(1, self._max_depth + 1)
             gained = n_decodes + n * np.cumsum(hit**depth)
             # The first level computes what is new of each context, later ones the trees so far.
-            level_s = [self._draft_s(n if d == 1 or width == 1 else n * (1 + width * (d - 1))) for d in depth.tolist()]
-            total_s = np.cumsum(level_s) + self._seconds.guessed(n_decodes + n * width * depth)
+            rows = n * np.where((depth == 1) | (width == 1), 1, 1 + width * (depth - 1))
+            total_s = np.cumsum(self._draft.guessed(rows)) + self._seconds.guessed(n_decodes + n * width * depth)
             rate = gained / total_s
             at = int(np.argmax(rate))
             if rate[at] > best_rate:

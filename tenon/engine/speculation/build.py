@@ -62,7 +62,7 @@ def build_speculation(
         if draft is None:
             raise ConfigError(f"the draft model {name!r} is not loaded", subject="speculative")
         draft_times = StepTimes(draft.measured)
-        plan: Plan = DraftPlan(times, draft_times.plain, config.speculative_depth)
+        plan: Plan = DraftPlan(times, draft_times, config.speculative_depth)
         if policy.drafts is not None:
             plan = FixedPlan(*policy.drafts)
         executor = Isolated(draft.executor)

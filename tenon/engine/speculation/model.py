@@ -123,7 +123,7 @@ class DraftModel:
         self._assembler = Assembler("draft", len(groups))
         self._twins: dict[int, _Twin] = {}
         self._nobody_else = Pending()
-        self.n_steps = 0
+        self.n_steps = self._n_rows = 0
 
     def propose(self, seqs: Sequence[Seq], depth_n: I32, room: int) -> Forest | None:
         deepest = int(depth_n.max(initial=0))
@@ -133,7 +133,9 @@ class DraftModel:
             return None
         for pool in self.tables.pools:
             pool.now_s = self._clock.now_s()
+        begin_s = self._clock.now_s()
         ready = self._catch_up(seqs, depth_n, room, width)
+        begin_s = self._tell(begin_s)
         for level in range(2, depth + 1):
             ready = [
                 twin for twin in ready if depth_n[self._row[twin.seq.id]] >= level and len(twin.beam.tokens) < room
@@ -142,7 +144,14 @@ class DraftModel:
             if not ready:
                 break
             self._level(ready, level, width, room)
+            begin_s = self._tell(begin_s)
         return self._forest(seqs, room)
+
+    def _tell(self, begin_s: float) -> float:
+        """A level has taken the time since then, all that belongs to it included; returns what time it is."""
+        end_s = self._clock.now_s()
+        self.times.tell(self._n_rows, end_s - begin_s, guessed=True)
+        return end_s
 
     # -- one round ------------------------------------------------------------------------------------------
 
@@ -205,12 +214,11 @@ class DraftModel:
 
     def _run(self, spans: list[Span], keep: list[int] | None = None) -> tuple[I32, F32]:
         """The step of ``spans``: (R, k) the best tokens of its outputs, or of those in ``keep``, and their scores."""
-        begin_s = self._clock.now_s()
         self.n_steps += 1
         step = self._assembler.step(self.n_steps, 0, spans, self.tables.take_moves())
         step = drafting(step, MOST_BEST, keep)
         result = self._executor.poll(self._executor.submit(step))
-        self.times.tell(step.n_rows, self._clock.now_s() - begin_s, guessed=False)
+        self._n_rows = step.n_rows
         return np.where(result.top_ids < self._vocab_size, result.top_ids, -1), result.top_logprobs
 
     def _grow(self, twins: list[_Twin], best: tuple[I32, F32], width: int, room: int) -> None:
