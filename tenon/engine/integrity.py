@@ -18,6 +18,10 @@ def check_integrity(scheduler: Scheduler) -> None:
     for group, pool in enumerate(scheduler.pools):
         pool.check_integrity([seq.tables[group][: seq.n_blocks] for seq in holders])
     scheduler.pending.check_integrity(running)
+    if scheduler.speculation is not None:
+        scheduler.speculation.check_integrity()
+    if any(seq.tree is not None and not seq.is_decoding for request in requests.values() for seq in request.seqs):
+        raise IntegrityError("a sequence has a tree below a token that is not its newest")
     if {s.id for s in running} != {s.id for s in holders}:
         raise IntegrityError("the sequences that run are not those that hold blocks")
     if any(seq.n_computed >= seq.n_tokens or seq.state is not State.RUNNING for seq in running):

@@ -126,7 +126,7 @@ def sample_rows(
         return result
     guessed = guesses(step)
     for r in range(len(logits_RV)):
-        if guessed is not None and guessed[r] >= 0 and result.ids[guessed[r]] != step.tok[step.out_row[r]]:
+        if r < len(guessed) and guessed[r] >= 0 and result.ids[guessed[r]] != step.tok[step.out_row[r]]:
             continue
         p = int(step.params_index[r])
         n_logprobs = int(step.params.n_logprobs[p])

@@ -163,19 +163,19 @@ class Step:
             raise ProtocolError(f"these {len(data)} bytes are not a Step: {error}") from error
 
 
-def guesses(step: Step) -> list[int] | None:
+def guesses(step: Step) -> list[int]:
     """Of each output that is sampled, the output whose sample its row's token is a guess of, or -1: that of its parent
-    in the tree, or of the row before it in its span. None where no step has any."""
+    in the tree, or of the row before it in its span. Empty where no step has any."""
     n = int(np.count_nonzero(step.want & SAMPLE)) if len(step.want) else 0
     if n <= len(step.seq) and not (step.parent >= 0).any():
-        return None  # a span that is sampled from twice has two outputs
+        return []  # a span that is sampled from twice has two outputs
     row = step.out_row[:n]
     output_of = np.full(step.n_rows + 1, -1, np.int32)
     output_of[row] = np.arange(n)
     before = np.where(step.parent >= 0, step.parent, np.arange(step.n_rows) - 1)
     before[step.q_start[:-1]] = -1
     found = output_of[before[row]]
-    return found.tolist() if (found >= 0).any() else None
+    return found.tolist() if (found >= 0).any() else []
 
 
 _MALFORMED: Final = (

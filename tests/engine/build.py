@@ -22,11 +22,11 @@ from tenon.engine.executors.base import Executor
 from tenon.engine.executors.hash import HashExecutor
 from tenon.engine.executors.torch import TorchExecutor
 from tenon.engine.grammar import Masks
-from tenon.engine.messages import Add
+from tenon.engine.messages import Add, Delta
 from tenon.engine.recompute import CostOf, alike
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.sequence import Seq
-from tenon.engine.speculation.build import build_speculation
+from tenon.engine.speculation.build import Draft, build_speculation
 from tenon.engine.step import SAMPLE, GroupStep, Params, Step
 from tenon.models.checkpoint import load_decoder
 from tenon.models.spec import KVGroup
@@ -177,6 +177,7 @@ def engine(
     cost_of: CostOf = alike,
     masks: Masks | None = None,
     eos_ids: tuple[int, ...] = (),
+    draft: Draft | None = None,
 ) -> Engine:
     executor.allocate(groups, n_blocks)
     longest = min((n_blocks - 1) * config.block_tokens, 512)
@@ -191,7 +192,7 @@ def engine(
         secret=b"k" * 32,
         cost_of=cost_of,
         masks=masks,
-        speculation=build_speculation(config, {1: 1e-3}),
+        speculation=build_speculation(config, {1: 1e-3}, vocab_size, draft),
     )
     return Engine(config, Identity("m", vocab_size, eos_ids, longest, 0, n_blocks, {}), scheduler, executor)
 
@@ -203,13 +204,22 @@ def hash_engine(
     cost_of: CostOf = alike,
     masks: Masks | None = None,
     eos_ids: tuple[int, ...] = (),
+    draft_seed: int = 0,
+    draft_blocks: int = 40,
     **config: Any,
 ) -> Engine:
-    """An engine without a model, with a full and a window group."""
+    """An engine without a model, with a full and a window group. A draft model, if ``speculative`` names one, has a full
+    group of ``draft_blocks``; with ``draft_seed`` 0 it knows what the target says, as far as nobody edits its
+    logits."""
     settings = EngineConfig(executor="hash", **config)
     size = settings.block_tokens
     groups = (KVGroup("m", (0, 1), "full", None, size, 1), KVGroup("m", (2,), "window", 8, size, 1))
-    return engine(HashExecutor(vocab_size), groups, n_blocks, vocab_size, settings, cost_of, masks, eos_ids)
+    draft = None
+    if settings.draft_model is not None:
+        drafting, draft_groups = HashExecutor(vocab_size, seed=draft_seed), (KVGroup("d", (0,), "full", None, size, 1),)
+        drafting.allocate(draft_groups, draft_blocks)
+        draft = Draft(drafting, draft_groups, draft_blocks, 512, {1: 1e-5})
+    return engine(HashExecutor(vocab_size), groups, n_blocks, vocab_size, settings, cost_of, masks, eos_ids, draft)
 
 
 def run(made: Engine, adds: Iterable[Add] = ()) -> Outputs:
@@ -222,6 +232,35 @@ def run(made: Engine, adds: Iterable[Add] = ()) -> Outputs:
             outputs.setdefault((delta.request_id, delta.index), []).extend(delta.ids)
         made.check_integrity()
     return outputs
+
+
+def told(made: Engine, adds: Iterable[Add]) -> dict[tuple[str, int], Told]:
+    """Serve to the end, integrity checked after every step. Returns all that was told of each (request, sibling)."""
+    for add in adds:
+        made.add(add)
+    found: dict[tuple[str, int], Told] = {}
+    while made.has_work:
+        for delta in made.tick(0.0):
+            found.setdefault((delta.request_id, delta.index), Told()).take(delta)
+        made.check_integrity()
+    return found
+
+
+@dataclass
+class Told:
+    """What deltas add up to."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    reason: str | None = None
+    stop_id: int | None = None
+
+    def take(self, delta: Delta) -> None:
+        self.ids += delta.ids
+        self.logprobs += delta.logprobs
+        self.top += delta.top
+        self.reason, self.stop_id = delta.finish_reason, delta.stop_id
 
 
 @dataclass

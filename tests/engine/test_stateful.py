@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 from tenon.base.errors import ContextTooLong, Overloaded
 from tenon.engine.engine import Engine
 from tenon.engine.messages import Add
+from tenon.engine.policies.speculate import SPECULATES
 from tenon.engine.policies.table import POLICIES
 from tests.engine.build import chunked, hash_engine, run
 
@@ -37,6 +38,11 @@ CONFIGS = st.fixed_dictionaries(
         "pending": st.sampled_from(["share", "private"]),
         "evict": st.sampled_from(sorted(POLICIES)),
         "block_tokens": st.sampled_from([16, 32]),
+        "speculative": st.sampled_from(["", "suffix", "draft", "ngram,suffix,draft"]),
+        "speculative_policy": st.sampled_from(sorted(SPECULATES)),
+        "speculative_depth": st.integers(1, 12),
+        "speculative_nodes": st.integers(1, 24),
+        "draft_blocks": st.integers(2, 12),
     }
 )
 
@@ -66,15 +72,18 @@ class Serving(RuleBasedStateMachine):
         sampled=st.booleans(),
         stops=st.lists(st.integers(0, VOCAB - 1), max_size=2),
         tenant=st.sampled_from(["", "", "other"]),
+        guesses=st.sampled_from([-1, -1, -1, 0, 1, 3]),
+        penalty=st.sampled_from([1.0, 1.0, 1.3]),
     )
     def add(
         self, prefix: int, length: int, tail: list[int], max_tokens: int, n: int, sampled: bool, stops: list[int],
-        tenant: str,
+        tenant: str, guesses: int, penalty: float,
     ) -> None:  # fmt: skip
         name = f"r{len(self.adds)}"
         prompt = (*PREFIXES[prefix][:length], *tail)
         made = Add(
-            name, prompt, max_tokens, len(self.adds), n, float(sampled), stop_ids=tuple(stops), tenant=tenant
+            name, prompt, max_tokens, len(self.adds), n, float(sampled), stop_ids=tuple(stops), tenant=tenant,
+            speculate=guesses, repetition_penalty=penalty,
         )  # fmt: skip
         before = self.engine.stats(0.0)
         try:
@@ -83,6 +92,12 @@ class Serving(RuleBasedStateMachine):
             assert self.engine.stats(0.0) == before
         else:
             self.adds[name] = made
+
+    @rule()
+    def flip(self) -> None:
+        """Guessing stops, or goes on."""
+        if (speculation := self.engine.scheduler.speculation) is not None:
+            speculation.rests = not speculation.rests
 
     @rule(n=st.integers(1, 6))
     def tick(self, n: int) -> None:

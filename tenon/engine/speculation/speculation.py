@@ -86,6 +86,8 @@ class Speculation:
         self.counts = GuessCounts()
         self.kept: OrderedDict[tuple[str, int], deque[Verified]] = OrderedDict()
         """By request and sibling."""
+        self.rests = False
+        """While it is set nothing is guessed."""
         self._company = NOBODY
         self._quick = QuickRound.of(drafters, self.calibrator, policy)
         self._n_refused = self._n_chosen = 0
@@ -95,6 +97,8 @@ class Speculation:
     def draft(self, seqs: Sequence[Seq], most: int) -> int:
         """Give trees to those of ``seqs``, all that decode, that have none: ``most`` nodes at most, those of older
         trees among them. Returns how many nodes there are."""
+        if self.rests:
+            return sum(len(seq.tree) for seq in seqs if seq.tree is not None)
         if self._company.seqs != seqs:
             self._company = Company(seqs, self.max_depth)
         company, n_nodes = self._company, 0
@@ -198,6 +202,11 @@ class Speculation:
         """The model says other things from now on."""
         for drafter in self.drafters:
             drafter.reset()
+
+    def check_integrity(self) -> None:
+        """Of the drafters' own blocks. Raises ``IntegrityError``."""
+        if self._model is not None:
+            self._model[0].check_integrity()
 
     def close(self) -> None:
         for drafter in self.drafters:
