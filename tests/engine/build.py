@@ -208,8 +208,8 @@ def hash_engine(
     draft_blocks: int = 40,
     **config: Any,
 ) -> Engine:
-    """An engine without a model, with a full and a window group. A draft model, if ``speculative`` names one, has a full
-    group of ``draft_blocks``; with ``draft_seed`` 0 it knows what the target says, as far as nobody edits its
+    """An engine without a model, with a full and a window group. A draft model, if ``speculative`` names one, has a
+    full group of ``draft_blocks``; with ``draft_seed`` 0 it knows what the target says, as far as nobody edits its
     logits."""
     settings = EngineConfig(executor="hash", **config)
     size = settings.block_tokens

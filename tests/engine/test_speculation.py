@@ -74,9 +74,10 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("drafters", "policy"), [share(d, p) for d in DRAFTERS[1:] for p in ("fixed-tree", "pays")][3:]
-)
+PAIRS = [share(d, p) for d in ("suffix,ngram", "draft", DRAFTERS[-1]) for p in ("fixed-tree", "pays")]
+
+
+@pytest.mark.parametrize(("drafters", "policy"), PAIRS)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_in_tight_and_odd_places_too(way: dict[str, Any], drafters: str, policy: str) -> None:
     made = hash_engine(vocab_size=VOCAB, speculative=drafters, speculative_policy=policy, **way)
