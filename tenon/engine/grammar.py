@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from tenon.base.clock import SYSTEM, Clock
-from tenon.base.errors import Overloaded, RequestError, ResourceError
+from tenon.base.errors import IntegrityError, Overloaded, RequestError, ResourceError
 from tenon.base.worker import LineWorker
 from tenon.engine import grammar_worker
 from tenon.engine.messages import Add, Grammar
@@ -307,6 +307,8 @@ class Masks:
                 return
             seqs = alone
         ends = np.cumsum([_n_masks(seq.tree) for seq in seqs])
+        if ends[0] > self._n_rows:
+            raise IntegrityError(f"{ends[0]} masks of one sequence are wanted; there is room for {self._n_rows}")
         seqs = seqs[: int(np.searchsorted(ends, self._n_rows, side="right"))]
         wanted, grammars = [], {}
         for seq in seqs:

@@ -1,5 +1,5 @@
-"""On real models with ``numerics="invariant"``, speculation changes no bit of what is told: tokens and log-probabilities,
-greedy or sampled, in any company."""
+"""On real models with ``numerics="invariant"`` speculation changes no bit of what is told: tokens, log-probabilities,
+endings, greedy or sampled, in any company."""
 
 from __future__ import annotations
 
