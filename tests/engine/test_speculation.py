@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 from tenon.engine.messages import Add, Embed
+from tenon.engine.policies.forest import I32, Forest
 from tenon.engine.policies.speculate import SPECULATES
+from tenon.engine.policies.step_time import StepTimes
+from tenon.engine.sequence import Seq
 from tenon.engine.speculation.model import DraftModel
+from tenon.engine.speculation.speculation import Speculation
+from tenon.engine.speculation.suffix import Suffix
 from tests.engine.build import hash_engine, run, told
 
 VOCAB = 12
@@ -177,3 +182,35 @@ def test_weights_that_change_are_not_guessed_for_with_old_words() -> None:
     assert speculation is not None
     assert speculation.drafters[0]._generations == {}  # type: ignore[attr-defined]
     run(made, [Add("b", LOOP, 40, 0, temperature=0.0)])
+
+
+class Broken:
+    """A drafter that fails after some rounds."""
+
+    name, kinds = "broken", ("broken",)
+    n_rounds = 0
+
+    def propose(self, seqs: Sequence[Seq], depth_n: I32, room: int) -> Forest | None:
+        self.n_rounds += 1
+        if self.n_rounds > 5:
+            raise RuntimeError("out of guesses")
+        forest = Forest.empty(len(seqs), room)
+        forest.token[:, 0], forest.depth[:, 0], forest.q[:, 0] = 3, 1, 0.5
+        return forest
+
+    def forget(self, seq: Seq) -> None:
+        """It remembers nobody."""
+
+    reset = close = lambda self: None
+
+
+def test_a_drafter_that_fails_costs_nobody_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    made = hash_engine(200, VOCAB, speculative="suffix", speculative_policy="fixed-tree")
+    broken = Broken()
+    speculation = Speculation([Suffix(), broken], SPECULATES["fixed-tree"](), StepTimes({1: 1e-3}))
+    made.scheduler.speculation = speculation
+    assert told(made, requests(2)) == PLAIN
+    assert speculation.lost == {"broken"}
+    assert broken.n_rounds == 6
+    assert "broken makes no more guesses" in caplog.text
+    assert speculation.counts.accepted > 5

@@ -21,6 +21,8 @@ from tenon.engine.policies.step_time import StepTimes
 
 log = logging.getLogger("tenon.engine")
 SOURCES = ("guess.c", "suffix.c")
+MOST_NODES = 512
+"""Beyond which numpy sorts them faster."""
 Entry = Callable[..., Any]
 
 
@@ -129,6 +131,6 @@ class QuickPays(Pays):
         self.address = ctypes.addressof(self._struct)
 
     def choose(self, forest: Forest, load: Load) -> Bool | None:
-        if load.seconds is not self._times:
+        if load.seconds is not self._times or forest.f.size > MOST_NODES:
             return super().choose(forest, load)
         return forest.chosen if self._pays(view(forest), load.n, load.most, self.address) > 0 else None

@@ -10,6 +10,7 @@ Nothing here touches blocks or samples: trees are handed to the scheduler, and w
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from tenon.engine.policies.calibrate import Calibrator, Observation, warmth
-from tenon.engine.policies.forest import I32, MAX_DEPTH, Forest, merged
+from tenon.engine.policies.forest import I32, MAX_DEPTH, Bool, Forest, merged
 from tenon.engine.policies.speculate import Load, Speculate
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.sequence import Seq
@@ -30,6 +31,8 @@ from tenon.engine.speculation.native import QuickCalibrator
 from tenon.engine.speculation.quick import QuickRound
 from tenon.engine.speculation.tree import ROOT, Tree
 from tenon.engine.step import Step
+
+_log = logging.getLogger("tenon.engine")
 
 MAX_REQUESTS: Final = 64
 MAX_TREES: Final = 32
@@ -86,6 +89,8 @@ class Speculation:
         self.counts = GuessCounts()
         self.kept: OrderedDict[tuple[str, int], deque[Verified]] = OrderedDict()
         """By request and sibling."""
+        self.lost: set[str] = set()
+        """Drafters that have failed."""
         self.rests = False
         """While it is set nothing is guessed."""
         self._company = NOBODY
@@ -109,11 +114,7 @@ class Speculation:
                 ask = Asked([seq for seq in ask.seqs if seq.tree is None], self.max_depth)
         if not ask.seqs or most <= n_nodes:
             return n_nodes
-        if self._quick is not None:
-            forest, chosen = self._quick.round(ask, len(seqs), most - n_nodes, self.max_nodes)
-        else:
-            forest = self._forest(ask, ask.depths())
-            chosen = None if forest is None else self.policy.choose(forest, Load(len(seqs), most - n_nodes, self.times))
+        forest, chosen = self._round(ask, Load(len(seqs), most - n_nodes, self.times))
         if forest is None:
             return n_nodes
         if chosen is None or not chosen.any():
@@ -135,12 +136,34 @@ class Speculation:
                 n_nodes += len(tree)
         return n_nodes
 
+    def _round(self, ask: Asked, load: Load) -> tuple[Forest | None, Bool | None]:
+        """What is guessed, and what of it to verify."""
+        if self._quick is not None:
+            try:
+                return self._quick.round(ask, load.n, load.most, self.max_nodes)
+            except Exception as error:
+                self._quick = None
+                self._lose(self.drafters[0], error)
+                return None, None
+        forest = self._forest(ask, ask.depths())
+        return forest, None if forest is None else self.policy.choose(forest, load)
+
+    def _lose(self, drafter: Drafter, error: Exception) -> None:
+        """Nobody's answer hangs on a guess: who cannot make any is not asked again, and that is said."""
+        _log.warning("%s makes no more guesses; answers stay the same, and come slower", drafter.name, exc_info=error)
+        self.lost.add(drafter.name)
+
     def _forest(self, ask: Asked, depth_n: I32) -> Forest | None:
         """All drafters' guesses, judged, as one trie a sequence."""
         forests: list[Forest] = []
         first = 0
         for drafter in self.drafters:
-            forest = drafter.propose(ask.seqs, depth_n, self.max_nodes)
+            forest = None
+            if drafter.name not in self.lost:
+                try:
+                    forest = drafter.propose(ask.seqs, depth_n, self.max_nodes)
+                except Exception as error:
+                    self._lose(drafter, error)
             if forest is not None:
                 if first:
                     forest.source += np.int8(first)
@@ -200,6 +223,7 @@ class Speculation:
 
     def reset(self) -> None:
         """The model says other things from now on."""
+        self._company = NOBODY
         for drafter in self.drafters:
             drafter.reset()
 
