@@ -112,7 +112,7 @@ class Engine:
         self._step_s = self._clock.now_s() - begin_s
         self._bookkeeping_s = self._step_s - (result.end_s - result.start_s)
         self.scheduler.chunks.measured(step, self._step_s)
-        if self.scheduler.speculation is not None and self.scheduler.only_decodes:
+        if self.scheduler.speculation is not None and self.scheduler.tells_time:
             self.scheduler.speculation.measured(step, self._step_s)
         return deltas
 

@@ -44,6 +44,8 @@ from tenon.models.spec import KVGroup
 RUNNING = State.RUNNING  # looked up for each sequence in each step, which an Enum makes slow
 NOBODY: list[Seq] = []
 NOBODY_LATE: frozenset[int] = frozenset()
+LANE_TELLS = 8
+"""Of a lane's steps one in so many is looked at for what it took: there are many of them, and they are alike."""
 
 
 class Scheduler:
@@ -95,8 +97,8 @@ class Scheduler:
         self._order = self._next_seq = 0
         self._spans: list[Span] = []
         self._lane: Lane | None = None
-        self.only_decodes = False
-        """Whether all sequences of the last step have their prompts behind them."""
+        self.tells_time = False
+        """Whether what the last step took says something of steps that only decode."""
         self.masks = masks
         self._n_bound, self._late = 0, NOBODY_LATE
         """Requests with a grammar, and sequences whose mask is not there yet."""
@@ -193,10 +195,10 @@ class Scheduler:
                 self._spans = list(lane.spans)
                 self._admit(self.chunks.budget(lane.seqs, (), self.waiting) - len(lane.spans))
             if self._lane is not lane:
-                self.only_decodes = False
+                self.tells_time = False
                 return self._assembled(self.tables.take_moves())
-            self.only_decodes = True
             self.counters.steps += 1
+            self.tells_time = self.counters.steps % LANE_TELLS == 0
             return self._assembler.further(self.counters.steps, self.weights_version, *lane.rows)
         self.leave_lane()
         self.pending.begin_step()
@@ -234,7 +236,7 @@ class Scheduler:
                 raise IntegrityError("there is work, but no span could be scheduled")
             return None
         moves = self.tables.take_moves()
-        self.only_decodes = all(span.seq.is_decoding for span in self._spans)
+        self.tells_time = all(span.seq.is_decoding for span in self._spans)
         self._lane = None if moves else Lane.open(self._spans, len(self.running))
         return self._assembled(moves)
 

@@ -27,8 +27,6 @@ RECENT: Final = 5
 RATE: Final = 0.2
 EVERY: Final = 16
 """Steps looked at after which what was seen enters the prediction."""
-PLAIN_EVERY: Final = 8
-"""Of steps without guesses one in so many is looked at: there are many, and they are to cost nothing."""
 
 
 class StepTimes:
@@ -53,7 +51,6 @@ class StepTimes:
         self._after: deque[float] = deque(maxlen=RECENT)
         self._told: list[tuple[int, float, bool]] = []
         self._was_guessed = False
-        self._n_plain = 0
 
     def plain(self, rows: int) -> float:
         """See :class:`tenon.engine.policies.speculate.Seconds`."""
@@ -70,13 +67,9 @@ class StepTimes:
     def tell(self, rows: int, seconds: float, *, guessed: bool) -> None:
         """A step took so long. What one without guesses takes longer after one with them is the latter's cost."""
         was_guessed, self._was_guessed = self._was_guessed, guessed
-        if not guessed:
-            if was_guessed:
-                self._after.append(seconds - self.plain(rows))
-                return
-            self._n_plain += 1
-            if self._n_plain % PLAIN_EVERY:
-                return
+        if was_guessed and not guessed:
+            self._after.append(seconds - self.plain(rows))
+            return
         self._told.append((rows, seconds, guessed))
         if len(self._told) >= EVERY:
             self._settle()

@@ -32,6 +32,10 @@ from tenon.engine.speculation.quick import QuickRound
 from tenon.engine.speculation.tree import ROOT, Tree
 from tenon.engine.step import Step
 
+SELDOM_AFTER: Final = 64
+SELDOM: Final = 4
+"""After so many steps in a row without a guess, one step in so many asks for any."""
+
 _log = logging.getLogger("tenon.engine")
 
 MAX_REQUESTS: Final = 64
@@ -95,13 +99,16 @@ class Speculation:
         """While it is set nothing is guessed."""
         self._company = NOBODY
         self._quick = QuickRound.of(drafters, self.calibrator, policy)
-        self._n_refused = self._n_chosen = 0
+        self._n_refused = self._n_chosen = self._n_idle = 0
         models = [drafter for drafter in drafters if isinstance(drafter, DraftModel)]
         self._model = (models[0], self.kinds.index(models[0].kinds[0])) if models else None
 
     def draft(self, seqs: Sequence[Seq], most: int) -> int:
         """Give trees to those of ``seqs``, all that decode, that have none: ``most`` nodes at most, those of older
         trees among them. Returns how many nodes there are."""
+        self._n_idle += 1
+        if self._n_idle > SELDOM_AFTER and self._n_idle % SELDOM:
+            return 0
         if self.rests:
             return sum(len(seq.tree) for seq in seqs if seq.tree is not None)
         if self._company.seqs != seqs:
@@ -134,6 +141,7 @@ class Speculation:
             if len(tree):
                 seq.tree = tree
                 n_nodes += len(tree)
+        self._n_idle = 0
         return n_nodes
 
     def _round(self, ask: Asked, load: Load) -> tuple[Forest | None, Bool | None]:
