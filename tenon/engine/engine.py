@@ -108,12 +108,14 @@ class Engine:
         if step is None:
             return []
         result = self.executor.poll(self.executor.submit(step))
+        n_running = len(self.scheduler.running)
         deltas = self.scheduler.commit(step, result)
         self._step_s = self._clock.now_s() - begin_s
         self._bookkeeping_s = self._step_s - (result.end_s - result.start_s)
         self.scheduler.chunks.measured(step, self._step_s)
-        if self.scheduler.speculation is not None and self.scheduler.tells_time:
-            self.scheduler.speculation.measured(step, self._step_s)
+        speculation = self.scheduler.speculation
+        if speculation is not None and self.scheduler.tells_time and len(self.scheduler.running) == n_running:
+            speculation.measured(step, self._step_s)
         return deltas
 
     def stats(self, now_s: float) -> Stats:

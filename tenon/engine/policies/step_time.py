@@ -120,6 +120,8 @@ class _Kind:
     def ratios(self, log_K: F64) -> F64 | None:
         """Of all knots, between those that were seen; None where none was."""
         for k in self._new:
+            if len(self._recent[k]) <= RECENT // 2:  # of two, nobody can say which is the outlier
+                continue
             ratio, known = float(np.median(self._recent[k])), self._ratio[k]
             self._ratio[k] = ratio if np.isnan(known) else known + RATE * (ratio - known)
         self._new.clear()
