@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from tenon.engine.messages import Add
 from tenon.engine.policies.forest import I32, Forest
 from tenon.engine.policies.speculate import FixedTree, Speculate
 from tenon.engine.policies.step_time import StepTimes
-from tenon.engine.sequence import Seq
+from tenon.engine.sequence import Request, Seq
 from tenon.engine.speculation.drafter import Drafter
 from tenon.engine.speculation.speculation import Speculation
 from tenon.engine.speculation.tree import ROOT, Tree
@@ -135,4 +136,16 @@ def decoding(made: Engine, add: Add) -> Seq:
     while not seq.is_decoding:
         made.tick(0.0)
         assert not seq.finished
+    return seq
+
+
+def sequence(seq_id: int, n_prompt: int, n_output: int = 0, *, size: int = 4, **wishes: Any) -> Seq:
+    """By hand, its tokens counted through; its blocks are numbered from a hundred times its id on."""
+    wishes = {"temperature": 0.0, "outputs": tuple(range(n_prompt, n_prompt + n_output))} | wishes
+    add = Add(f"r{seq_id}", tuple(range(n_prompt)), n_output + 40, 100 + seq_id, **wishes)
+    request = Request(add, seq_id, bytes(32), bytes(32), frozenset(add.stop_ids))
+    seq = Seq(seq_id, request, 0, 1, size, MAX_NODES)
+    request.seqs.append(seq)
+    seq.tables[0][:] = 100 * seq_id + np.arange(len(seq.tables[0]))
+    seq.n_computed = max(0, seq.n_tokens - 1)
     return seq
