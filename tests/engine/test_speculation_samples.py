@@ -27,7 +27,7 @@ from tests.engine.trees import Scripted, random_tree, speculating
 
 V = 5
 PROMPT = (0, 1, 2, 3, 0, 1)
-SIZES = [1500, pytest.param(52_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+SIZES = [1200, pytest.param(52_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 """Samples of each hypothesis; there are four."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"temperature": 1.0},
