@@ -167,8 +167,8 @@ def guesses(step: Step) -> list[int]:
     """Of each output that is sampled, the output whose sample its row's token is a guess of, or -1: that of its parent
     in the tree, or of the row before it in its span. Empty where no step has any."""
     n = int(np.count_nonzero(step.want & SAMPLE)) if len(step.want) else 0
-    if n <= len(step.seq) and not (step.parent >= 0).any():
-        return []  # a span that is sampled from twice has two outputs
+    if n < 2 or step.n_rows == len(step.seq):
+        return []  # a span that is sampled from twice has two rows
     row = step.out_row[:n]
     output_of = np.full(step.n_rows + 1, -1, np.int32)
     output_of[row] = np.arange(n)

@@ -37,7 +37,7 @@ void tenon_judge(const forest_t *forest, const int64_t *warm, const weights_t *w
             for (int64_t j = 0; j < room; j++)
                 if (depth[j]) total[parent[j] + 1] += p[j];
             for (int64_t j = 0; j < room; j++)
-                if (depth[j] && total[parent[j] + 1] > HIGH) p[j] = (float)(p[j] / total[parent[j] + 1]);
+                if (depth[j] && total[parent[j] + 1] > HIGH) p[j] = (float)(p[j] * (HIGH / total[parent[j] + 1]));
         }
         for (int64_t j = 0; j < room; j++) f[j] = !depth[j] ? 0 : parent[j] < 0 ? p[j] : f[parent[j]] * p[j];
     }

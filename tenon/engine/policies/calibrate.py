@@ -2,11 +2,11 @@
 
     P(node is true | its parent is) = sigmoid(a[depth] + b logit(q) + c [rank > 0])
 
-for each kind of guess and each range of temperatures; siblings together at most 1. A path's probability is the product
-along it, so a node is never likelier than its parent. Only nodes whose parents came true teach anything. ``a`` is a sum
-of what all guesses at such temperatures have in common, all of a kind, and those at one depth, so that what was seldom
-seen is judged like what is like it. Weights move by gradient steps whose sizes fall with what was seen, down to a
-floor, so that a change of text is followed.
+for each kind of guess and each range of temperatures; siblings together no more than one alone may be. A path's
+probability is the product along it, so a node is never likelier than its parent. Only nodes whose parents came true
+teach anything. ``a`` is a sum of what all guesses at such temperatures have in common, all of a kind, and those at one
+depth, so that what was seldom seen is judged like what is like it. Weights move by gradient steps whose sizes fall with
+what was seen, down to a floor, so that a change of text is followed.
 
 Shapes: n sequences, C columns, K kinds of guesses, N observations.
 """
@@ -113,10 +113,9 @@ class Calibrator:
 
 
 def _share(forest: Forest, p: F32) -> None:
-    """Siblings' probabilities so that they are together no more than sure."""
+    """Siblings' probabilities so that they are together no more than one alone may be."""
     n, C = forest.shape
     family = forest.parent + np.int64(1) + np.arange(n, dtype=np.int64)[:, None] * (C + 1)
     used = forest.depth > 0
     total = np.bincount(family[used], p[used], minlength=n * (C + 1))
-    over = total[family]
-    np.divide(p, over, out=p, where=used & (over > HIGH))
+    np.multiply(p, HIGH / np.maximum(total[family], HIGH), out=p, casting="same_kind")

@@ -72,9 +72,15 @@ class Forest:
         return bool((self.depth[used] == np.broadcast_to(np.arange(1, C + 1, dtype=np.int8), (n, C))[used]).all())
 
     def spine(self) -> Bool:
-        """(n, C) the chain from each root along the first child of each node."""
-        on: Bool = (self.depth > 0) & (self.rank == 0)
-        rows = np.arange(len(on))[:, None]
+        """(n, C) the chain from each root along the likeliest child of each node. Ranks do not say which that is:
+        of children from several drafters each has its own first."""
+        n, C = self.shape
+        rows = np.arange(n)[:, None]
+        place = np.flatnonzero(self.depth)
+        family = (self.parent + np.int64(1) + rows * (C + 1)).ravel()[place]
+        place = place[np.lexsort((-self.f.ravel()[place], family))]  # of equals the earlier
+        on: Bool = np.zeros((n, C), np.bool_)
+        on.ravel()[place[np.diff(np.sort(family), prepend=-1) > 0]] = True
         up = np.maximum(self.parent, 0)
         for depth in range(2, int(self.depth.max(initial=0)) + 1):
             here = self.depth == depth

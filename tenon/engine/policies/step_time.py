@@ -70,6 +70,8 @@ class StepTimes:
         if was_guessed and not guessed:
             self._after.append(seconds - self.plain(rows))
             return
+        if guessed and not was_guessed:
+            seconds += self._extra_s  # one that follows its like has the other's cost in it
         self._told.append((rows, seconds, guessed))
         if len(self._told) >= EVERY:
             self._settle()
