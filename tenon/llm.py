@@ -222,12 +222,13 @@ class LLM:
                         continue
                     if delta.error is not None:
                         raise RequestError(f"prompt {list(names).index(delta.request_id)} failed: {delta.error}")
-                    n_tokens += len(delta.ids)
-                    output.ids.extend(delta.ids)
-                    output.logprobs.extend(delta.logprobs)
-                    output.top_logprobs.extend(dict(t) for t in delta.top)
                     names[delta.request_id].cached_tokens = delta.cached_tokens
                     piece = stream.text.push(delta)
+                    n_new = stream.text.n_tokens - len(output.ids)  # what follows a stop string is not the output's
+                    n_tokens += n_new
+                    output.ids.extend(delta.ids[:n_new])
+                    output.logprobs.extend(delta.logprobs[:n_new])
+                    output.top_logprobs.extend(dict(t) for t in delta.top[:n_new])
                     output.text += piece.text
                     output.finish_reason = piece.finish_reason
                     if output.finish_reason is not None:

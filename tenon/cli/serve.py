@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from tenon.engine.config import EngineConfig
+from tenon.engine.config import MAX_NODES, EngineConfig
 from tenon.engine.messages import Ready
 from tenon.engine.policies.chunk import CHUNKS
+from tenon.engine.policies.forest import MAX_DEPTH
+from tenon.engine.policies.speculate import SPECULATES
 from tenon.engine.policies.table import POLICIES
 from tenon.server.limits import Limits
 from tenon.server.logs import FORMATS, LEVELS, LogConsole
@@ -81,6 +83,28 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-prefix-cache", action="store_true", help="do not reuse the KV of equal prompt beginnings")
     group.add_argument("--evict", default=engine.evict, choices=tuple(POLICIES), help="which cached block gives way")
     group.add_argument("--threads", type=int, help="CPU threads of the engine (default: the machine's cores)")
+    _add_speculation(parser, engine)
+
+
+def _add_speculation(parser: argparse.ArgumentParser, engine: EngineConfig) -> None:
+    group = parser.add_argument_group("speculation: several tokens a step, the same answers")
+    group.add_argument(
+        "--speculative", default=engine.speculative, metavar="NAMES",
+        help="who guesses ahead, separated by commas: ngram, suffix, a draft model's folder or hub name "
+        "(default: nobody)",
+    )  # fmt: skip
+    group.add_argument(
+        "--speculative-policy", default=engine.speculative_policy, choices=tuple(SPECULATES),
+        help="which guesses a step verifies (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--speculative-depth", type=int, default=engine.speculative_depth, metavar="N",
+        help=f"tokens ahead at most, up to {MAX_DEPTH} (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--speculative-nodes", type=int, default=engine.speculative_nodes, metavar="N",
+        help=f"guesses of a sequence in a step at most, up to {MAX_NODES} (default: %(default)s)",
+    )  # fmt: skip
 
 
 def config_from(args: argparse.Namespace) -> ServeConfig:
@@ -125,6 +149,10 @@ def engine_from(args: argparse.Namespace) -> EngineConfig:
         prefix_cache=not args.no_prefix_cache,
         evict=args.evict,
         threads=args.threads,
+        speculative=args.speculative,
+        speculative_policy=args.speculative_policy,
+        speculative_depth=args.speculative_depth,
+        speculative_nodes=args.speculative_nodes,
     )
 
 

@@ -42,7 +42,9 @@ class SamplingParams:
     ``seed`` None draws one when the request is accepted, so that every run can be repeated. ``max_tokens``
     None means as many as the context holds. Penalties and ``logit_bias`` (token id to what is added) are applied as
     :mod:`tenon.engine.edits` says; ``bad_words`` never come, and nothing ends the text before ``min_tokens``, stop
-    strings neither. Log-probabilities are the model's own, before all that. Raises ``RequestError`` naming the field.
+    strings neither. Log-probabilities are the model's own, before all that. ``speculative``: whether tokens may be
+    guessed ahead where the engine does that, or how many at most; outputs are the same whichever. Raises
+    ``RequestError`` naming the field.
     """
 
     temperature: float = 1.0
@@ -65,6 +67,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     structure: Structure | None = None
     """What the form of the output must be; a model that reasons thinks freely before."""
+    speculative: bool | int = True
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0.0, 100.0, "a number from 0 to 100")
@@ -100,6 +103,8 @@ class SamplingParams:
         ids = all(_is_int(i) and 0 <= i < 2**31 for i in self.stop_token_ids)
         _require(ids, "stop_token_ids", self.stop_token_ids, "a list of token ids")
         _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "true or false")
+        ahead = isinstance(self.speculative, bool) or (_is_int(self.speculative) and 1 <= self.speculative < 2**31)
+        _require(ahead, "speculative", self.speculative, "true, false or an integer of at least 1")
 
     def _check_words(self) -> None:
         bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
@@ -156,6 +161,7 @@ class SamplingParams:
             prompt_logprobs=-1 if self.prompt_logprobs is None else self.prompt_logprobs,
             tenant=tenant,
             arrival_s=arrival_s,
+            speculate=-1 if self.speculative is True else int(self.speculative),
         )
 
     def with_(self, **changes: Any) -> SamplingParams:

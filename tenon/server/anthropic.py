@@ -22,6 +22,7 @@ from tenon.server.flights import Job
 from tenon.server.limits import Limits
 from tenon.server.protocol import check_count, convert, json_object, without_not_yet
 from tenon.server.responses import Collected, Head, Json, line_safe
+from tenon.server.speculative import Speculative, wished
 from tenon.server.structured import of_format
 from tenon.server.tools import Calling, Dialect, Function, Tool, calling
 
@@ -171,6 +172,7 @@ class MessagesRequest(Conversation, frozen=True, kw_only=True, forbid_unknown_fi
     output_config: OutputConfig | None = None
     output_format: dict[str, Any] | None = None
     """What ``output_config.format`` was called first."""
+    speculative: bool | Speculative | None = None
 
     def _structure(self) -> Structure | None:
         later = of_format(self.output_config.format, "output_config.format") if self.output_config else None
@@ -182,6 +184,7 @@ class MessagesRequest(Conversation, frozen=True, kw_only=True, forbid_unknown_fi
         wishes |= {
             name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(self, name)) is not None
         }
+        wishes |= wished(self.speculative)
         try:
             return SamplingParams(
                 **wishes, max_tokens=self.max_tokens, stop=tuple(self.stop_sequences or ()), seed=seed,

@@ -141,7 +141,7 @@ class Answer:
                     continue
                 piece = output.push(delta)
                 if output.finished:
-                    self.job.close_choice(choice)
+                    self.job.close_choice(choice, output.n_tokens)
                 if self.echoes_only:
                     piece = Piece("", (), "length" if output.finished else None)
                 yield choice, piece

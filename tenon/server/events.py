@@ -33,11 +33,13 @@ import msgspec
 from tenon.base.clock import Clock
 from tenon.base.errors import ResourceError
 from tenon.base.records import RecordWriter
+from tenon.engine.messages import KVEvents
 
 _log = logging.getLogger("tenon.server")
 
 VERSION: Final = 1
 HEARTBEAT_S: Final = 15.0
+KV_EVENTS_AT_ONCE: Final = 1024
 EXTRAS: Final = frozenset({"kv", "residency", "victims"})
 """What is sent only to those who ask for it."""
 
@@ -108,6 +110,12 @@ class EventHub:
         for subscription in self._subscriptions:
             if kind in subscription.extras:
                 subscription.put(encoded)
+
+    def publish_kv(self, message: KVEvents) -> None:
+        """In pieces, so that no event is huge."""
+        for start in range(0, len(message.events), KV_EVENTS_AT_ONCE):
+            events = [msgspec.structs.asdict(event) for event in message.events[start : start + KV_EVENTS_AT_ONCE]]
+            self.publish_extra("kv", events=events, dropped=message.dropped)
 
     def _record(self, recorder: RecordWriter, kind: str, fields: dict[str, Any]) -> None:
         """A full disk ends the recording, not the service; the reason goes to the log."""

@@ -21,7 +21,7 @@ from tenon.server.keys import Caller
 class Ending(Protocol):
     """What a job tells the service (:class:`tenon.server.service.Service`)."""
 
-    def close_sequence(self, flight: Flight, index: int, reason: str) -> None: ...
+    def close_sequence(self, flight: Flight, index: int, reason: str, n_tokens: int) -> None: ...
 
     def give_up(self, flight: Flight, reason: str) -> None: ...
 
@@ -119,11 +119,11 @@ class Job:
         """Of that prompt, as far as they have come."""
         return self.flights[prompt].scores
 
-    def close_choice(self, choice: int) -> None:
-        """A stop string ended this choice: its tokens are wanted no more."""
+    def close_choice(self, choice: int, n_tokens: int) -> None:
+        """This choice is over with its ``n_tokens``-th token, perhaps by a stop string: others are not wanted."""
         for flight in self.flights:
             if flight.base <= choice < flight.base + flight.add.n:
-                self._service.close_sequence(flight, choice - flight.base, "stop")
+                self._service.close_sequence(flight, choice - flight.base, "stop", n_tokens)
 
     def abort(self, failure: TenonError | None = None) -> None:
         """Give everything up at once; the engine forgets the sequences. Does nothing after the end."""

@@ -15,8 +15,9 @@ import msgspec
 
 from tenon.base.errors import RequestError
 from tenon.engine.params import MAX_N, SamplingParams
-from tenon.server import structured
+from tenon.server import speculative, structured
 from tenon.server.limits import Limits
+from tenon.server.speculative import Speculative
 from tenon.server.tools import Tool
 
 NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
@@ -93,6 +94,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    speculative: bool | Speculative | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -331,6 +333,7 @@ def sampling_params(
         if request.best_of is not None:
             wishes["n"] = request.best_of
             logprobs = logprobs or 0
+    wishes |= speculative.wished(request.speculative)
     wishes["structure"] = structured.wanted({name: getattr(request, name) for name in structured.FIELDS})
     wishes.update(max_tokens=max_tokens, logprobs=logprobs, seed=seed if request.seed is None else request.seed)
     try:

@@ -24,6 +24,7 @@ from tenon.server.flights import Job
 from tenon.server.limits import Limits
 from tenon.server.protocol import ROLES, FunctionCall, ToolCall, check_count, convert, json_object, without_not_yet
 from tenon.server.responses import Head, Json, line_safe
+from tenon.server.speculative import Speculative, wished
 from tenon.server.structured import of_format
 from tenon.server.text import Piece
 from tenon.server.tools import Dialect, Function, Tool, calling
@@ -162,6 +163,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     top_p: float | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
+    speculative: bool | Speculative | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     text: TextConfig | None = None
@@ -190,6 +192,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         """Over the model's own defaults. Raises ``RequestError`` naming the field."""
         wishes: dict[str, Any] = dict(defaults)
         wishes |= {name: value for name in WISHES if (value := getattr(self, name)) is not None}
+        wishes |= wished(self.speculative)
         try:
             structure = of_format(self.text.format, "text.format") if self.text is not None else None
             return SamplingParams(**wishes, max_tokens=self.max_output_tokens, seed=seed, structure=structure)

@@ -29,7 +29,6 @@ from tenon.server.limits import Limits
 from tenon.server.metrics import Reading, ServerMetrics, engine_readings, render
 
 STATS_EVERY_S: Final = 0.12
-KV_EVENTS_AT_ONCE: Final = 1024
 MOST_DEATHS: Final = 20
 """Engines that a request may see die, whoever ends them: some may die of company."""
 
@@ -135,7 +134,7 @@ class Service:
             case m.Stats():
                 self._take_stats(message)
             case m.KVEvents():
-                self._publish_kv(message)
+                self.events.publish_kv(message)
             case m.Residency():
                 self.events.publish_extra("residency", **msgspec.structs.asdict(message))
 
@@ -284,14 +283,17 @@ class Service:
         self.require_ready()
         self._tell(m.Expect())
 
-    def close_sequence(self, flight: Flight, index: int, reason: str) -> None:
-        """One sequence is over here; the engine is told to forget it."""
+    def close_sequence(self, flight: Flight, index: int, reason: str, n_tokens: int) -> None:
+        """One sequence is over here; the engine is told to forget it. Of what has come of it ``n_tokens`` count."""
+        n_surplus = len(flight.outputs.get(index, ())) - n_tokens
+        flight.n_output -= n_surplus
+        if flight.add.request_id not in self._flights:
+            flight.caller.give_tokens_back(n_surplus)
+            return
         if index not in flight.open:
             return
         flight.open.discard(index)
         flight.reasons.add(reason)
-        if flight.add.request_id not in self._flights:
-            return
         self._tell(m.Abort(flight.names[index], index))
         if not flight.open:
             self._end(flight, outcome_of(flight.reasons))
@@ -464,12 +466,6 @@ class Service:
         if self.stats is not None:
             self._stats_published_s = self.clock.now_s()
             self.events.publish("stats", in_flight=len(self._flights), **msgspec.structs.asdict(self.stats))
-
-    def _publish_kv(self, message: m.KVEvents) -> None:
-        """In pieces, so that no event is huge."""
-        for start in range(0, len(message.events), KV_EVENTS_AT_ONCE):
-            events = [msgspec.structs.asdict(event) for event in message.events[start : start + KV_EVENTS_AT_ONCE]]
-            self.events.publish_extra("kv", events=events, dropped=message.dropped)
 
     def _tell_extras(self) -> None:
         """Have the engine send what somebody reads, and no more."""

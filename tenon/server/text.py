@@ -208,7 +208,9 @@ class OutputText:
         return piece._replace(text=text, calls=tuple(calls), finish_reason=reason)
 
     def _push(self, delta: Delta) -> Piece:
+        """Token by token, so that nothing depends on how many a delta has."""
         text = reasoning = ""
+        logprobs: list[TokenLogprob] = []
         thought = self._thought
         for i, token in enumerate(delta.ids):
             self.n_tokens += 1
@@ -226,31 +228,38 @@ class OutputText:
             if thinks and thought is not None:
                 self._released += len(new)
                 reasoning += thought.trim(new)
+                logprobs += self._completed()
                 continue
             if thought is not None:
                 trimmed = thought.trim(new)
                 self._released += len(new) - len(trimmed)
                 new = trimmed
-            text += self._scanner.push(new) if self.n_tokens > self._min_tokens else new
+            new = self._scanner.push(new) if self.n_tokens > self._min_tokens else new
+            text += new
+            self._released += len(new)
             if self._scanner.found is not None:
-                return self._end(text, "stop", reasoning, cut=True)
+                return self._end(text, logprobs, "stop", reasoning, cut=True)
+            logprobs += self._completed()
         if delta.finish_reason is None:
-            self._released += len(text)
-            return Piece(text, self._completed(), reasoning=reasoning)
+            return Piece(text, tuple(logprobs), reasoning=reasoning)
         rest = self._decoder.flush()
         if thought is not None and thought.is_on:
-            return self._end(text, delta.finish_reason, reasoning + thought.trim(rest), cut=False)
-        text += self._scanner.push(rest)
+            return self._end(text, logprobs, delta.finish_reason, reasoning + thought.trim(rest), cut=False)
+        rest = self._scanner.push(rest)
+        self._released += len(rest)
         if self._scanner.found is not None:
-            return self._end(text, "stop", reasoning, cut=True)
-        return self._end(text + self._scanner.flush(), delta.finish_reason, reasoning, cut=False)
+            return self._end(text + rest, logprobs, "stop", reasoning, cut=True)
+        text += rest + self._scanner.flush()
+        return self._end(text, logprobs, delta.finish_reason, reasoning, cut=False)
 
-    def _end(self, text: str, reason: str, reasoning: str, *, cut: bool) -> Piece:
+    def _end(self, text: str, logprobs: list[TokenLogprob], reason: str, reasoning: str, *, cut: bool) -> Piece:
+        """``logprobs``: those whose text is told already. Of the others, where a stop string ``cut`` the text, those
+        are told that have begun in what is left of it."""
         self.finished = True
-        self._released += len(text)
-        logprobs = tuple(entry for _, entry in self._pending if not cut or entry.offset < self._released)
+        rest = (entry for _, entry in self._pending if not cut or entry.offset < self._released)
+        piece = Piece(text, (*logprobs, *rest), reason, reasoning)
         self._pending.clear()
-        return Piece(text, logprobs, reason, reasoning)
+        return piece
 
     def _completed(self) -> tuple[TokenLogprob, ...]:
         done: list[TokenLogprob] = []
