@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ import pytest
 
 from tenon import LLM, SamplingParams
 from tenon.base.errors import ConfigError, ContextTooLong, RequestError
+from tenon.models.hub import resolve
 
 ROOT = Path(__file__).parents[1]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -120,3 +123,35 @@ def test_texts_are_embedded_in_their_order(llm: LLM) -> None:
     with pytest.raises(ContextTooLong, match="maximum context length is 512"):
         llm.embed([[1] * 10, [1] * 600])
     assert llm.engine.stats(0).running == llm.engine.stats(0).waiting == 0
+
+
+def test_guesses_change_no_answer(llm: LLM) -> None:
+    """A stop string within a step's tokens included: what follows it in the same step is dropped."""
+    prompt = "def f(a, b, c, d, e):\n    self.a = a\n    self.b = b\n    self.c = c\n"
+    sampled = SamplingParams(temperature=0.8, max_tokens=60, seed=9, n=2, logprobs=1, ignore_eos=True)
+    greedy = GREEDY.with_(max_tokens=80, logprobs=0)
+    with LLM(
+        "embedded", progress=False, max_model_len=512, numerics="invariant", speculative="suffix,embedded-draft",
+        speculative_policy="fixed-tree",
+    ) as guessing, LLM("embedded", progress=False, max_model_len=512, numerics="invariant") as plain:  # fmt: skip
+        text = plain.generate(prompt, greedy)[0].outputs[0].text
+        stop = text[len(text) // 2 : len(text) // 2 + 3]
+        for params in (greedy, sampled, greedy.with_(stop=(stop,)), greedy.with_(max_tokens=7)):
+            assert guessing.generate(prompt, params)[0].outputs == plain.generate(prompt, params)[0].outputs
+        counts = guessing.engine.scheduler.speculation.counts  # type: ignore[union-attr]
+        assert counts.accepted > 40
+        before = counts.trees
+        guessing.generate(prompt, greedy.with_(speculative=False))
+        assert counts.trees == before
+
+
+def test_a_draft_model_of_another_tongue_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "draft"
+    shutil.copytree(resolve("embedded-draft"), folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    one, other = sorted(vocab, key=vocab.get)[1000:1002]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match="has another tokenizer: token 1000 is"):
+        LLM("embedded", progress=False, speculative=str(folder))
