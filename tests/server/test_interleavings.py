@@ -220,7 +220,7 @@ class Serving(RuleBasedStateMachine):
         choices = sorted(set(one.heard) - set(one.ends))
         if choices and not one.is_over:
             choice = data.draw(st.sampled_from(choices))
-            one.job.close_choice(choice)
+            one.job.close_choice(choice, len(one.heard[choice]))
             one.ends[choice] = "here"
 
     # What the line and the engine do.
