@@ -27,6 +27,8 @@ from tenon.engine.messages import (
     Ready,
     Residency,
     Stats,
+    Trees,
+    Verified,
 )
 from tenon.engine.residency import residency
 from tenon.engine.scheduler import Scheduler
@@ -146,6 +148,7 @@ class Engine:
             missed_tokens=dict(lookups.missed_tokens),
             kv_events_dropped=self._kv_dropped,
             evictions=sum(p.n_evicted for p in pools),
+            guesses=None if s.speculation is None else s.speculation.guesses(),
         )
 
     def take_misses(self) -> list[Misses]:
@@ -189,6 +192,21 @@ class Engine:
         """Whether evictions are written down in the pools' ``victims``."""
         for pool in self.scheduler.pools:
             pool.victims.watch = on
+
+    def take_trees(self) -> Trees:
+        """Trees of guesses that were verified since this was last called, of bounded number."""
+        speculation = self.scheduler.speculation
+        return Trees(()) if speculation is None else speculation.kept.take()
+
+    def restart_trees(self) -> None:
+        """The next batch of trees begins with the newest there are, also if they were taken already."""
+        if self.scheduler.speculation is not None:
+            self.scheduler.speculation.kept.restart()
+
+    def trees_of(self, request_id: str, index: int = 0) -> list[Verified]:
+        """What was guessed of one sequence and what came of it, as far as that is among the newest trees of all."""
+        speculation = self.scheduler.speculation
+        return [] if speculation is None else speculation.kept.of(request_id, index)
 
     def load_weights(self, path: str, version: int) -> None:
         """New weights between steps. Running requests are aborted by the caller first; the cache is forgotten."""

@@ -113,11 +113,12 @@ class Expect(msgspec.Struct, frozen=True, tag="expect"):
 class Watch(msgspec.Struct, frozen=True, tag="watch"):
     """What to send from now on besides all else. ``kv``: ``KVEvents``, beginning with what is resident, also if they
     were sent already. ``residency``: at most one ``Residency`` a second. ``victims``: have evictions written down, so
-    that ``Miss.score`` is known."""
+    that ``Miss.score`` is known. ``trees``: ``Trees``, beginning with the newest, also if they were sent already."""
 
     kv: bool = False
     residency: bool = False
     victims: bool = False
+    trees: bool = False
 
 
 class Phase(msgspec.Struct, frozen=True, tag="phase"):
@@ -229,6 +230,19 @@ class Misses(msgspec.Struct, frozen=True, tag="misses"):
     runs: tuple[Miss, ...]
 
 
+class Guesses(msgspec.Struct, frozen=True):
+    """What was guessed ahead and what came of it; counters only ever grow. By depth, the next token first: ``reached``
+    are trees with a guess there below what came true, ``accepted_at`` those of which one came true there."""
+
+    trees: int
+    nodes: int
+    accepted: int
+    expected: float
+    """Accepted tokens as they were predicted."""
+    reached: tuple[int, ...]
+    accepted_at: tuple[int, ...]
+
+
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """State as it is now, read when sent; counters only ever grow within an epoch."""
 
@@ -260,6 +274,8 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """Looked up in vain, by ``Miss.kind``."""
     evictions: int = 0
     kv_events_dropped: int = 0
+    guesses: Guesses | None = None
+    """None where nobody guesses."""
 
 
 class KVEvent(msgspec.Struct, frozen=True, array_like=True):
@@ -311,6 +327,33 @@ class Residency(msgspec.Struct, frozen=True, tag="residency"):
     idle_by_turn: tuple[int, ...]
 
 
+class Verified(msgspec.Struct, frozen=True):
+    """A tree of guesses below a sequence's newest token, ``root``, and what came of it: nodes, parents first."""
+
+    request_id: str
+    index: int
+    tenant: str
+    n_tokens: int
+    """Of the sequence before, its root among them."""
+    root: int
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    """Nodes, or -1 for the root."""
+    probabilities: tuple[float, ...]
+    """How likely each was thought, with all that is above it."""
+    path: tuple[int, ...]
+    """The nodes that came true, from the root down."""
+    next: int
+    """The token that came after them."""
+
+
+class Trees(msgspec.Struct, frozen=True, tag="trees"):
+    """Trees that were verified since the last batch, in order: the newest of them, and how many others there were."""
+
+    trees: tuple[Verified, ...]
+    dropped: int = 0
+
+
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     """The engine cannot go on; the last thing it says. ``message`` is one sentence for a person."""
 
@@ -331,6 +374,7 @@ FromEngine = (
     | Stats
     | KVEvents
     | Residency
+    | Trees
     | Fatal
 )
 

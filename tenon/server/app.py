@@ -40,7 +40,7 @@ from tenon.server.service import Service
 from tenon.server.storage_api import Json, StorageRoutes
 
 PAGE: Final = Path(__file__).parent / "page"
-SCRIPTS: Final = ("page.js", "dom.js", "settings.js", "answer.js", "tokens.js", "live.js", "map.js")
+SCRIPTS: Final = ("page.js", "dom.js", "settings.js", "answer.js", "tokens.js", "live.js", "map.js", "trees.js")
 PAGE_FILES: Final = {
     "/": ("index.html", "text/html; charset=utf-8"),
     **{f"/{name}": (name, "text/javascript; charset=utf-8") for name in SCRIPTS},
@@ -270,9 +270,9 @@ class Routes:
         return Response(self._service.exposition(), headers={"content-type": CONTENT_TYPE})
 
     async def events(self, request: Request) -> Response:
-        _caller(request).require_watch()
-        hub = self._service.events
-        subscription = hub.subscribe(_extras(request))
+        caller, hub = _caller(request), self._service.events
+        caller.require_watch()
+        subscription = hub.subscribe(_extras(request), caller.tenant)
 
         async def frames() -> AsyncIterator[bytes]:
             try:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 STATS_EVERY_S: Final = 0.1
 RESIDENCY_EVERY_S: Final = 1.0
+TREES_EVERY_S: Final = 0.1
 _READ_BYTES: Final = 1 << 18
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -81,6 +82,7 @@ class EngineHost:
         self._looked_at = True
         """Whether the residency was sent as it is now."""
         self._residency_at_s = float("-inf")
+        self._trees_at_s = float("-inf")
         self._stats_at_s = float("-inf")
         self._step = 0
 
@@ -98,6 +100,7 @@ class EngineHost:
                 self._send_kv_events()
                 self._wire.send([self._stats(self._clock.now_s())])
             self._send_residency()
+            self._send_trees()
             if self._draining and not self._engine.has_work:
                 return
 
@@ -133,6 +136,17 @@ class EngineHost:
             self._looked_at, self._residency_at_s = True, now_s
             self._wire.send([self._engine.residency(now_s)])
 
+    def _send_trees(self) -> None:
+        """If someone watches and there are any, and not more often than they may be while the engine works."""
+        if not self._watch.trees:
+            return
+        now_s = self._clock.now_s()
+        if self._engine.has_work and now_s < self._trees_at_s + TREES_EVERY_S:
+            return
+        if (found := self._engine.take_trees()).trees:
+            self._trees_at_s = now_s
+            self._wire.send([found])
+
     def _stats(self, now_s: float) -> m.Stats:
         self._stats_at_s = now_s
         return self._engine.stats(now_s)
@@ -159,6 +173,8 @@ class EngineHost:
                     self._engine.restart_kv_events()
                 else:
                     self._engine.stop_kv_events()
+                if message.trees:
+                    self._engine.restart_trees()
             case m.Drain():
                 self._draining = True
                 self._engine.drain()

@@ -14,6 +14,8 @@ Of these a reader has to ask for, by ``/events?kv=1`` and so on; they are in no 
     kv         events, dropped              blocks that came and went (``messages.KVEvents``), ``cleared`` at first
     residency  ``messages.Residency``       at most once a second while anything changes
     victims    nothing of its own: scores in ``misses`` are known while somebody asks for it
+    trees      trees, texts, dropped        guesses and what came of them (``messages.Trees``), with their tokens' texts
+                                            by id: the newest there are, then all; of the reader's own tenant alone
 
 ``cache`` is what the cache had for the prompt, null if the engine never took the request up: ``cached_tokens``,
 ``holes``, ``n_misses`` and ``misses``, at most eight runs of positions with their reason (``messages.Miss``).
@@ -40,16 +42,16 @@ _log = logging.getLogger("tenon.server")
 VERSION: Final = 1
 HEARTBEAT_S: Final = 15.0
 KV_EVENTS_AT_ONCE: Final = 1024
-EXTRAS: Final = frozenset({"kv", "residency", "victims"})
+EXTRAS: Final = frozenset({"kv", "residency", "victims", "trees"})
 """What is sent only to those who ask for it."""
 
 
 class Subscription:
     """One reader's queue. A reader that falls behind is closed: it reconnects and gets the present state."""
 
-    def __init__(self, bound: int, extras: frozenset[str] = frozenset()) -> None:
+    def __init__(self, bound: int, extras: frozenset[str] = frozenset(), tenant: str = "") -> None:
         self._bound = bound
-        self.extras = extras
+        self.extras, self.tenant = extras, tenant
         self._queue: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self.closed = False
@@ -104,11 +106,11 @@ class EventHub:
         if self._recorder is not None:
             self._record(self._recorder, kind, fields)
 
-    def publish_extra(self, kind: str, **fields: Any) -> None:
-        """To those who asked for it alone."""
+    def publish_extra(self, kind: str, tenant: str | None = None, /, **fields: Any) -> None:
+        """To those who asked for it alone; of them, where it is a ``tenant``'s, to that one's."""
         encoded = msgspec.json.encode({"v": VERSION, "kind": kind, "at_s": round(self._clock.wall_s(), 3), **fields})
         for subscription in self._subscriptions:
-            if kind in subscription.extras:
+            if kind in subscription.extras and tenant in (None, subscription.tenant):
                 subscription.put(encoded)
 
     def publish_kv(self, message: KVEvents) -> None:
@@ -131,9 +133,9 @@ class EventHub:
         """Extras that somebody reads."""
         return frozenset().union(*(subscription.extras for subscription in self._subscriptions))
 
-    def subscribe(self, extras: frozenset[str] = frozenset()) -> Subscription:
+    def subscribe(self, extras: frozenset[str] = frozenset(), tenant: str = "") -> Subscription:
         """A queue that begins with the latest of each kind of state, so that a new reader knows where things stand."""
-        subscription = Subscription(self.bound, extras)
+        subscription = Subscription(self.bound, extras, tenant)
         for encoded in self._latest.values():
             subscription.put(encoded)
         self._subscriptions.add(subscription)

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from tenon.engine.messages import Stats
+from tenon.engine.messages import Guesses, Stats
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -138,17 +138,19 @@ def engine_readings(stats: Stats) -> list[Reading | Readings]:
         Reading("tenon_kv_blocks_used", "Blocks held by sequences.", stats.blocks_held),
         Reading("tenon_kv_blocks_cached", "Blocks kept for prefix reuse alone.", stats.blocks_cached),
         *_cache_readings(stats),
+        *(_guess_readings(stats.guesses) if stats.guesses is not None else ()),
         Reading("tenon_engine_steps_total", "Steps of the engine.", stats.steps, kind="counter"),
         Reading("tenon_preemptions_total", "Sequences preempted.", stats.preemptions, kind="counter"),
     ]
 
 
+def counted(name: str, help_text: str, value: float) -> Reading:
+    """A count that the engine keeps."""
+    return Reading(name, help_text, value, kind="counter")
+
+
 def _cache_readings(stats: Stats) -> list[Reading | Readings]:
     """Of prompts as the engine took them up, once each; blocks are positions' blocks."""
-
-    def counted(name: str, help_text: str, value: float) -> Reading:
-        return Reading(name, help_text, value, kind="counter")
-
     missed = {kind: float(stats.missed_tokens.get(kind, 0)) for kind in ("new", "evicted", "skipped")}
     return [
         counted("tenon_prefix_query_tokens_total", "Tokens of prompts taken up by the engine.", stats.prompt_tokens),
@@ -161,6 +163,24 @@ def _cache_readings(stats: Stats) -> list[Reading | Readings]:
         counted("tenon_prompt_holes_total", "Runs computed before tokens that were in cache.", stats.holes),
         counted("tenon_kv_evictions_total", "Blocks evicted, of all groups.", stats.evictions),
         counted("tenon_kv_events_dropped_total", "Events lost before they were sent.", stats.kv_events_dropped),
+    ]
+
+
+def _guess_readings(guesses: Guesses) -> list[Reading | Readings]:
+    """Of an engine that guesses ahead, by the names that other servers have for it; positions are depths, from 0 on."""
+
+    def by_depth(name: str, help_text: str, counts: Sequence[int]) -> Readings:
+        values = {str(depth): float(count) for depth, count in enumerate(counts)}
+        return Readings(name, help_text, "position", values)
+
+    name = "tenon_spec_decode_num_{}_total".format
+    return [
+        counted(name("drafts"), "Trees of guesses that were verified.", guesses.trees),
+        counted(name("draft_tokens"), "Tokens that were guessed and verified.", guesses.nodes),
+        counted(name("accepted_tokens"), "Guesses that came true.", guesses.accepted),
+        counted(name("expected_tokens"), "Guesses that were predicted to come true.", guesses.expected),
+        by_depth(name("accepted_tokens_per_pos"), "Guesses that came true, by depth.", guesses.accepted_at),
+        by_depth(name("drafts_per_pos"), "Trees with a guess below what came true, by depth.", guesses.reached),
     ]
 
 

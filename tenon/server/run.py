@@ -269,8 +269,8 @@ class Server:
                 on_failure=self._on_failure,
             )
             await self._supervisor.start()
-            self._completions.model_text = await asyncio.to_thread(load_model_text, folder)
-            self._service.text_loaded()
+            self._completions.model_text = text = await asyncio.to_thread(load_model_text, folder)
+            self._service.text_loaded(text.token_text)
         except TenonError as error:
             self._on_failure(str(error), "")
             return

@@ -27,6 +27,7 @@ from tenon.server.flights import NO_TRACE, Flight, Job, Trace, again, cache_json
 from tenon.server.keys import Caller
 from tenon.server.limits import Limits
 from tenon.server.metrics import Reading, ServerMetrics, engine_readings, render
+from tenon.server.trees import publish_trees
 
 STATS_EVERY_S: Final = 0.12
 MOST_DEATHS: Final = 20
@@ -58,7 +59,7 @@ class Service:
         self.phase = m.Phase("start", 0.0)
         self.ready: m.Ready | None = None
         self.stats: m.Stats | None = None
-        self._has_text = False
+        self._token_text: Callable[[int], str] | None = None
         self.settled = asyncio.Event()
         """Set once engine and tokenizer are ready, or the engine is dead."""
         self._send: Callable[[m.ToEngine], None] | None = None
@@ -137,14 +138,16 @@ class Service:
                 self.events.publish_kv(message)
             case m.Residency():
                 self.events.publish_extra("residency", **msgspec.structs.asdict(message))
+            case m.Trees():
+                publish_trees(self.events, message, self._token_text or str)
 
-    def text_loaded(self) -> None:
-        """The tokenizer is there: with an engine that is ready, so is the server."""
-        self._has_text = True
+    def text_loaded(self, token_text: Callable[[int], str] = str) -> None:
+        """The tokenizer is there, and names tokens: with an engine that is ready, so is the server."""
+        self._token_text = token_text
         self._begin()
 
     def _begin(self) -> None:
-        if self.ready is None or not self._has_text:
+        if self.ready is None or self._token_text is None:
             return
         if self.state is State.LOADING:
             self._enter(State.READY, "")
@@ -465,13 +468,16 @@ class Service:
             self._stats_timer = None
         if self.stats is not None:
             self._stats_published_s = self.clock.now_s()
-            self.events.publish("stats", in_flight=len(self._flights), **msgspec.structs.asdict(self.stats))
+            guesses = self.stats.guesses
+            told = msgspec.structs.asdict(self.stats)
+            told["guesses"] = msgspec.structs.asdict(guesses) if guesses is not None else None
+            self.events.publish("stats", in_flight=len(self._flights), **told)
 
     def _tell_extras(self) -> None:
         """Have the engine send what somebody reads, and no more."""
         wanted = self.events.wanted
         if self._send is not None and self.state is not State.DEAD:
-            self._send(m.Watch("kv" in wanted, "residency" in wanted, "victims" in wanted))
+            self._send(m.Watch("kv" in wanted, "residency" in wanted, "victims" in wanted, "trees" in wanted))
 
     def _enter(self, state: State, reason: str) -> None:
         if self.state is not state:

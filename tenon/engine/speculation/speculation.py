@@ -11,13 +11,13 @@ Nothing here touches blocks or samples: trees are handed to the scheduler, and w
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
+from tenon.engine.messages import Guesses
 from tenon.engine.policies.calibrate import Calibrator, Observation, warmth
 from tenon.engine.policies.forest import I32, MAX_DEPTH, Bool, Forest, merged
 from tenon.engine.policies.speculate import Load, Speculate
@@ -26,6 +26,7 @@ from tenon.engine.sequence import Seq
 from tenon.engine.speculation import native
 from tenon.engine.speculation.asked import NOBODY, Asked, Company
 from tenon.engine.speculation.drafter import Drafter
+from tenon.engine.speculation.kept import Kept
 from tenon.engine.speculation.model import DraftModel
 from tenon.engine.speculation.native import QuickCalibrator
 from tenon.engine.speculation.quick import QuickRound
@@ -38,9 +39,6 @@ SELDOM: Final = 4
 
 _log = logging.getLogger("tenon.engine")
 
-MAX_REQUESTS: Final = 64
-MAX_TREES: Final = 32
-"""Trees of a request, the newest, that are kept to be looked at, of so many requests."""
 TRY_EVERY: Final = 128
 """Of steps whose guesses were all refused, one verifies the likeliest all the same, lest a wrong judgement stand ..."""
 REST_EVERY: Final = 64
@@ -61,18 +59,6 @@ class GuessCounts:
     accepted_at: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
 
 
-@dataclass(frozen=True)
-class Verified:
-    """A tree and what came of it: ``path`` are the nodes that came true, ``f`` how likely each node was thought."""
-
-    n_tokens: int
-    """Of its sequence, before."""
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
-    f: tuple[float, ...]
-    path: tuple[int, ...]
-
-
 class Speculation:
     """Of one engine. ``max_depth`` and ``max_nodes`` bound each tree."""
 
@@ -91,8 +77,7 @@ class Speculation:
         lib = native.load()
         self.calibrator = Calibrator(len(self.kinds)) if lib is None else QuickCalibrator(len(self.kinds), lib)
         self.counts = GuessCounts()
-        self.kept: OrderedDict[tuple[str, int], deque[Verified]] = OrderedDict()
-        """By request and sibling."""
+        self.kept = Kept()
         self.lost: set[str] = set()
         """Drafters that have failed."""
         self.rests = False
@@ -206,18 +191,12 @@ class Speculation:
         if self._model is not None:
             model, kind = self._model
             model.verified(seq, tree, path, kind)
-        self._keep(seq, tree, path)
+        self.kept.add(seq, tree, path)
 
-    def _keep(self, seq: Seq, tree: Tree, path: Sequence[int]) -> None:
-        key = seq.request.add.request_id, seq.index
-        kept = self.kept.get(key)
-        if kept is None:
-            kept = self.kept[key] = deque(maxlen=MAX_TREES)
-            if len(self.kept) > MAX_REQUESTS:
-                self.kept.popitem(last=False)
-        n_before = seq.n_tokens - len(path) - 1
-        f = tuple(f for _, _, _, f in tree.features)
-        kept.append(Verified(n_before, tuple(tree.tokens), tuple(tree.parents), f, tuple(path)))
+    def guesses(self) -> Guesses:
+        """The counts as they are now, down to the deepest that a tree may be."""
+        c, depth = self.counts, self.max_depth
+        return Guesses(c.trees, c.nodes, c.accepted, c.expected, tuple(c.reached[:depth]), tuple(c.accepted_at[:depth]))
 
     def measured(self, step: Step, seconds: float) -> None:
         """The step took so long, from tick to tick; all its sequences decode."""
