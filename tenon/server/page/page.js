@@ -1,7 +1,7 @@
 // The page: a playground over the public API, and a live strip fed by /events. Nothing internal is read.
 //
-// dom: elements; settings: the form; answer, tokens: one message; live, map: what the server says of itself. This
-// file routes between them: asking, the server's state, keys.
+// dom: elements; settings: the form; answer, tokens: one message; live, map, trees: what the server says of itself.
+// This file routes between them: asking, the server's state, keys.
 
 import { Answer, Told, addUser } from "/answer.js";
 import { $, element } from "/dom.js";
@@ -9,6 +9,7 @@ import { forget, showFirst, showStats, startLive } from "/live.js";
 import { showMap } from "/map.js";
 import { firstWrong, reveal, settings, startSettings } from "/settings.js";
 import { close as closeAlternatives, entriesOf } from "/tokens.js";
+import { forgetTrees, lookAt, showGuesses, showTrees } from "/trees.js";
 
 const SAMPLES = {
   chat: ["Write a function that counts words in a file", "Return the largest of a list of numbers", "Parse a date like 2026-01-31"],
@@ -88,6 +89,7 @@ function ask(prompt) {
 async function stream(path, body, signal, answer) {
   let frame = 0;
   let ended = "";
+  let id = null;
   const draw = () => {
     frame = 0;
     const follow = nearEnd();
@@ -100,6 +102,7 @@ async function stream(path, body, signal, answer) {
     if (response.status === 401) lock();
     if (!response.ok) throw await failure(response);
     for await (const event of serverEvents(response)) {
+      if (event.id && id === null) lookAt(id = event.id);
       const choice = event.choices[0];
       const delta = choice?.delta ?? {};
       answer.take(choice?.text ?? delta.content ?? "", delta.reasoning_content ?? "", choice ? entriesOf(choice) : [], event.usage?.completion_tokens);
@@ -146,7 +149,11 @@ const on = {
     view.phases.set(event.name, event);
     showPhases();
   },
-  stats: showStats,
+  stats(event) {
+    showStats(event);
+    showGuesses(event.guesses ?? null);
+  },
+  trees: showTrees,
   residency: showMap,
   first: showFirst,
 };
@@ -216,13 +223,14 @@ function showComposer() {
 
 async function watch() {
   try {
-    const response = await fetch("/events?residency=1", { headers: authorization(), cache: "no-store" });
+    const response = await fetch("/events?residency=1&trees=1", { headers: authorization(), cache: "no-store" });
     if (response.status === 401) { lock(); return; }
     if (response.status === 403) { await unwatched(); return; }
     if (response.ok) for await (const event of serverEvents(response)) if (event.v === 1) on[event.kind]?.(event);
   } catch { /* the server is gone, which is told here */ }
   if (view.state !== "dead") view.state = "offline";
   forget();
+  forgetTrees();
   showState();
   setTimeout(watch, 2000);
 }

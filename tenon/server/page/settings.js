@@ -19,6 +19,7 @@ export const settings = {
     const stops = $("stop").value.split("\n").filter((line) => line !== "").map(unescaped);
     if (stops.length) body.stop = stops;
     if ($("logprobs").checked) Object.assign(body, this.completing ? { logprobs: TOP_LOGPROBS } : { logprobs: true, top_logprobs: TOP_LOGPROBS });
+    if (!$("speculative-box").hidden && !$("speculative").checked) body.speculative = false;
     return this.completing ? body : { ...body, ...this.format };
   },
   get format() {

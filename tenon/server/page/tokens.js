@@ -21,7 +21,7 @@ export function percent(probability) {
 }
 
 // Blanks as signs, so that tokens made of them can be told apart.
-const visible = (name) => name.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\r/g, "␍").replace(/\t/g, "⇥") || "(nothing)";
+export const visible = (name) => name.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\r/g, "␍").replace(/\t/g, "⇥") || "(nothing)";
 
 // `box` is where the tokens go; `add` appends some, and `perplexity` is that of all so far.
 export function tokenView() {
