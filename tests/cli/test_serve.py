@@ -31,6 +31,15 @@ def test_chunks_go_by_what_is_said() -> None:
     assert (found.chunk, found.tpot_ms, found.min_chunk_tokens) == ("adaptive", 25.0, 32)
 
 
+def test_who_guesses_and_how_far_is_as_said() -> None:
+    words = ["--speculative", "suffix, ngram", "--speculative-policy", "chain-4"]
+    found = config(*words, "--speculative-depth", "5", "--speculative-nodes", "40")
+    assert found.drafters == ("suffix", "ngram")
+    assert (found.speculative_policy, found.speculative_depth, found.speculative_nodes) == ("chain-4", 5, 40)
+    with pytest.raises(ConfigError, match="speculative_depth must be from 1 to 64, got 65"):
+        config("--speculative-depth", "65")
+
+
 def test_a_target_that_is_missing_is_named() -> None:
     with pytest.raises(ConfigError, match="tpot_ms must be given"):
         config("--chunk", "adaptive")

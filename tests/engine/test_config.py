@@ -105,6 +105,8 @@ def test_memory_that_is_not_there_is_refused(config: dict[str, Any], words: str)
         ("stop", ("x",) * 17),
         ("stop_token_ids", (-1,)),
         ("ignore_eos", "yes"),
+        ("speculative", 0),
+        ("speculative", "suffix"),
     ],
 )
 def test_a_wrong_wish_is_named(field: str, value: Any) -> None:

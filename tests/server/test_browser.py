@@ -29,6 +29,7 @@ WIDTHS = (390, 768, 1280, 1920)
 THEMES = ("light", "dark")
 MAX_PICTURE_BYTES = 300_000
 KEY = "alice-0123456789abcdef"
+GUESSING = ("--speculative", "suffix,ngram", "--speculative-policy", "fixed-tree")
 IDLE = "!document.querySelector('.message.busy') && document.querySelector('.message')"
 READY = "document.querySelector('#state').dataset.state === 'ready'"
 
@@ -337,8 +338,48 @@ def test_thoughts_are_folded_above_the_answer(page: Page, serving: Start) -> Non
     assert page.look("document.querySelector('.thinking').nextElementSibling.className") == "text"
 
 
+def test_trees_of_guesses_are_drawn_and_guessing_can_be_left_off(page: Page, serving: Start) -> None:
+    server = serving(*GUESSING)
+    enter(page, server, max_tokens="200", seed="3")
+    page.until("document.querySelector('#guesses').checkVisibility()")
+    for _ in range(2):  # what was said once is guessed
+        ask(page, "hello")
+        page.until(IDLE)
+        page.click("#new")
+    page.until("document.querySelectorAll('.tree .node.right').length > 8")
+    assert page.count(".tree") <= 12
+    assert page.count(".tree .node.next") == page.count(".tree .node.root") == page.count(".tree")
+    page.until("document.querySelector('#guesses-text').textContent.includes('% right of')")
+    assert "a step" in page.text("#guesses-said")
+    said = page.look("[...document.querySelectorAll('.tree')].map((it) => it.getAttribute('aria-label'))")
+    assert any("of 8 guesses were right: " in each for each in said)
+    depths = page.look("[...document.querySelectorAll('#guesses-depths span')].map((it) => it.title)")
+    assert depths[0].startswith("1 token ahead: ")
+    assert len(depths) <= 8
+    options = "[...document.querySelector('#guesses-of').options].map((it) => it.value)"
+    other = page.until(f"{options}.length === 3 && {options}[2]")
+    first = page.look("document.querySelector('#guesses-trees').innerHTML")
+    page.look(
+        f"(() => {{ const it = document.querySelector('#guesses-of'); it.value = {json.dumps(other)}; "
+        "it.dispatchEvent(new Event('change')); })()"
+    )
+    page.until(f"document.querySelector('#guesses-trees').innerHTML !== {json.dumps(first)}")
+    page.click("#speculative")
+    page.answer_with("*/v1/chat/completions", "data: [DONE]\n\n")
+    ask(page, "hello")
+    assert json.loads(page.fulfil()["postData"])["speculative"] is False
+
+
+def test_where_nobody_guesses_there_is_nothing_to_see(page: Page, serving: Start) -> None:
+    enter(page, serving(), max_tokens="5")
+    ask(page, "hello")
+    page.until(IDLE)
+    for hidden in ("#guesses", "#speculative-box"):
+        assert not page.look(f"document.querySelector('{hidden}').checkVisibility()")
+
+
 def test_it_fits_every_window_in_both_themes(page: Page, serving: Start) -> None:
-    enter(page, serving(), max_tokens="400", format="json_schema")
+    enter(page, serving(*GUESSING), max_tokens="400", format="json_schema")
     ask(page, "x" * 300)
     page.until(IDLE)
     page.set("[name=format]", "text")

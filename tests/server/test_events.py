@@ -16,9 +16,9 @@ Event = dict[str, Any]
 
 
 @contextmanager
-def watching(server: Running, query: str = "") -> Iterator[Iterator[Event]]:
+def watching(server: Running, query: str = "", headers: dict[str, str] | None = None) -> Iterator[Iterator[Event]]:
     """Events as they come, from the present state on."""
-    with httpx.stream("GET", f"{server.url}/events{query}", timeout=PATIENCE_S) as response:
+    with httpx.stream("GET", f"{server.url}/events{query}", headers=headers, timeout=PATIENCE_S) as response:
         assert response.status_code == 200
         lines = response.iter_lines()
         next(lines)
@@ -93,7 +93,7 @@ def test_each_who_comes_later_begins_there_too_and_the_first_reads_on(server: Ru
 
 
 def test_who_asks_for_nothing_gets_no_extras(server: Running) -> None:
-    with watching(server) as plain, watching(server, "?kv=1&residency=1") as asked:
+    with watching(server) as plain, watching(server, "?kv=1&residency=1&trees=1") as asked:
         server.complete(prompt=prompt(15), max_tokens=1)
         assert until(asked, "kv")["dropped"] == 0
         kinds = set()
@@ -125,7 +125,7 @@ def test_residency_shows_strips_of_those_that_run(server: Running) -> None:
 def test_extras_that_do_not_exist_are_refused(server: Running, query: str) -> None:
     refused = httpx.get(f"{server.url}/events{query}", timeout=PATIENCE_S)
     assert refused.status_code == 400
-    assert "kv, residency, victims" in refused.json()["error"]["message"]
+    assert "kv, residency, trees, victims" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("victims", [False, True])

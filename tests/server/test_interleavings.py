@@ -214,13 +214,16 @@ class Serving(RuleBasedStateMachine):
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
     def stop(self, data: st.DataObject) -> None:
-        """A stop string is found in what was heard of a choice."""
+        """A stop string is found in what was heard of a choice: of several tokens at once perhaps not in the last, and
+        perhaps in those that were the last anyway."""
         one = self.pick(data)
+        was_over = one.is_over
         self.hear(one)
-        choices = sorted(set(one.heard) - set(one.ends))
-        if choices and not one.is_over:
+        choices = sorted(choice for choice in one.heard if one.ends.get(choice) != "here")
+        if choices and not was_over and one.failure is None:
             choice = data.draw(st.sampled_from(choices))
-            one.job.close_choice(choice, len(one.heard[choice]))
+            n_tokens = data.draw(st.integers(1, len(one.heard[choice]))) if one.heard[choice] else 0
+            one.job.close_choice(choice, n_tokens)
             one.ends[choice] = "here"
 
     # What the line and the engine do.

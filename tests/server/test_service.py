@@ -182,6 +182,24 @@ def test_who_is_not_taken_pays_nothing() -> None:
         service.submit([m.Add("t", (1,), 1, 0)], caller)
 
 
+@pytest.mark.parametrize("finish", [None, "length"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_follows_a_stop_string_in_the_same_step_is_not_paid_for(finish: str | None, n: int) -> None:
+    service, heard = serving(), list[int]()
+    service.on_end.append(lambda flight, reason, now_s: heard.append(flight.n_output))
+    Engine(service, set())
+    caller = Caller(Key("a", b"", "a", tokens_per_minute=100), ManualClock())
+    job = service.submit([m.Add("r", (1,) * 40, 60 // n, 0, n)], caller)
+    for index in range(n):
+        service.receive(m.Outputs(1, (m.Delta("r", index, (4, 5, 6, 7, 8), finish),)))
+        job.close_choice(index, 2)
+    assert service.n_running == 0
+    assert heard[-1] == (2 * n if finish is None else 5 + 2 * (n - 1))  # who hears of an end hears of it at once
+    caller.take_tokens(100 - 40 - 2 * n)
+    with pytest.raises(Refusal):
+        caller.take_tokens(1)
+
+
 def test_who_hears_of_ends_cannot_stop_them() -> None:
     service, heard = serving(1), list[str]()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenon.engine.messages import Delta
-from tenon.server.text import OutputText, StopScanner
+from tenon.server.text import OutputText, StopScanner, Thought
 
 AB = st.text(alphabet="ab", max_size=24)
 
@@ -93,6 +94,41 @@ def test_a_stop_string_cuts_text_and_logprobs() -> None:
     assert len(first.logprobs) + len(last.logprobs) == 2
     assert output.finished
     assert output.n_tokens == 5
+
+
+def told(deltas: Sequence[Delta], stops: Sequence[str], min_tokens: int, thinks: bool) -> tuple[object, ...]:
+    """All that is told of them, and how many tokens count."""
+    output = OutputText(Letters(), stops, min_tokens, Thought((ord("<"), ord(">")), begun=False) if thinks else None)
+    pieces = []
+    for delta in deltas:
+        if not output.finished:
+            pieces.append(output.push(delta))
+    text, thought = "".join(p.text for p in pieces), "".join(p.reasoning for p in pieces)
+    logprobs = [entry for p in pieces for entry in p.logprobs]
+    return text, thought, logprobs, pieces[-1].finish_reason if pieces else None, output.n_tokens, output.n_thought
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    st.text(alphabet="ab0<>\n", min_size=1, max_size=24),
+    st.lists(st.text(alphabet="ab0\n", min_size=1, max_size=3), max_size=2),
+    st.lists(st.integers(0, 24)),
+    st.integers(0, 4),
+    st.sampled_from([None, "length", "stop"]),
+    st.booleans(),
+)
+def test_it_does_not_matter_how_many_tokens_come_at_once(
+    text: str, stops: list[str], cuts: list[int], min_tokens: int, reason: str | None, thinks: bool
+) -> None:
+    whole = delta(text)
+
+    def cut(at: Sequence[int]) -> list[Delta]:
+        ends = sorted({min(it, len(text)) for it in at} | {0, len(text)})
+        made = [Delta("r", 0, whole.ids[a:b], logprobs=whole.logprobs[a:b]) for a, b in itertools.pairwise(ends)]
+        stop_id = made[-1].ids[-1] if reason == "stop" else None
+        return [*made[:-1], msgspec.structs.replace(made[-1], finish_reason=reason, stop_id=stop_id)]
+
+    assert told(cut(cuts), stops, min_tokens, thinks) == told(cut(range(len(text))), stops, min_tokens, thinks)
 
 
 def test_a_stop_token_is_counted_and_not_shown() -> None:
