@@ -18,7 +18,10 @@ Batch = m.EngineBatch | m.ServerBatch
 
 ADD = m.Add("r", (1, 2, 3), 8, 7, stop_ids=(2,))
 FRAME = m.encode(m.EngineBatch(1, (ADD, m.Abort("r"), m.Drain())))
-STATS = m.Stats(1.0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, {"stop": 1}, 0.1, 0.2, missed_tokens={"new": 3})
+GUESSES = m.Guesses(1, 5, 2, 1.5, (1, 1), (1, 0))
+STATS = m.Stats(
+    1.0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, {"stop": 1}, 0.1, 0.2, missed_tokens={"new": 3}, guesses=GUESSES,
+)  # fmt: skip
 SAID: list[Batch] = [
     m.EngineBatch(1, (ADD, m.Abort("r"), m.Drain())),
     m.EngineBatch(
@@ -43,6 +46,7 @@ SAID: list[Batch] = [
             m.Misses("r", 1, 2, 3, (m.Miss(0, 16, "new", 1.0, 3, 0.5, 0.6, "lru", 0.1),)),
             m.KVEvents((m.KVEvent("stored", 0, "ab", 16, "cd", "why"),), 2),
             m.Residency(1.0, 1, (m.Row("r", 0, 16, "rcth"),), 1, 2, (1.0,), (1, 2), (1,), (1, 2)),
+            m.Trees((m.Verified("r", 1, "t", 9, 4, (5, 6), (-1, 0), (0.9, 0.5), (0,), 7),), 3),
             m.Fatal("over", "trace"),
         ),
     ),
