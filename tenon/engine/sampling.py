@@ -20,14 +20,18 @@ from tenon.engine.step import EDIT_ADD, EDIT_BAN, F32, SAMPLE, SCORE, Params, St
 
 Noise = Callable[[int, int, int, NDArray[np.int64]], NDArray[np.float64]]
 Best = Callable[[NDArray[np.float32], int, float, int, int, int], tuple[NDArray[np.int32], NDArray[np.float64]]]
-Choose = Callable[[NDArray[np.float32], float, int, int, int], int]
+
+REFUSED, UNKNOWN, WRONG, WANTED = -1, -2, -3, -4
+"""Instead of an output's token: no logit is finite or one is NaN; nobody has looked; its own token was a wrong guess,
+so nobody will; somebody should. The same numbers stand in sample.c."""
+IMPOSSIBLE = "no token has a finite logit"
 
 
 def survivors(logits_V: NDArray[np.floating], params: Params, p: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Ids and tempered logits of the tokens that the filters of parameter row ``p`` leave."""
     best = logits_V.max()
     if not np.isfinite(best):
-        raise ValueError("no token has a finite logit")
+        raise ValueError(IMPOSSIBLE)
     temperature = float(params.temperature[p])
     # What lies further below the best than the noise can lift is out whatever the noise is.
     reach = (philox.GUMBEL_MAX - philox.GUMBEL_MIN) * temperature
@@ -51,21 +55,15 @@ def survivors(logits_V: NDArray[np.floating], params: Params, p: int) -> tuple[N
     return ids, x
 
 
-def choose(logits_V: F32, step: Step, r: int, noise: Noise = philox.noise, fast: Choose | None = None) -> int:
-    """The token of output ``r``. Raises ``ValueError`` where no token is allowed.
-
-    ``fast`` may stand in for the noise and the argmax where no filter applies.
-    """
+def choose(logits_V: F32, step: Step, r: int, noise: Noise = philox.noise) -> int:
+    """The token of output ``r``. Raises ``ValueError`` where no token is allowed."""
     p = int(step.params_index[r])
     if step.params.temperature[p] == 0:
         best = int(np.argmax(logits_V))
         if not np.isfinite(logits_V[best]):
-            raise ValueError("no token has a finite logit")
+            raise ValueError(IMPOSSIBLE)
         return best
     key = int(step.params.seed[p]), int(step.params.sample[p]), int(step.out_position[r])
-    plain = step.params.top_k[p] == 0 and step.params.top_p[p] >= 1 and step.params.min_p[p] == 0
-    if fast is not None and plain:
-        return fast(logits_V, float(step.params.temperature[p]), *key)
     ids, x = survivors(logits_V, step.params, p)
     if len(ids) == 1:
         return int(ids[0])
@@ -105,37 +103,48 @@ def log_softmax(logits_V: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.asarray(x - np.log(np.exp(x).sum()))
 
 
+def is_plain(step: Step, n: int) -> NDArray[np.bool_]:
+    """(n,) which of the first outputs are sampled from the logits as they are, without mask, edits or filters."""
+    params, index = step.params, step.params_index[:n]
+    filtered = (params.temperature > 0) & ((params.top_k != 0) | (params.top_p < 1) | (params.min_p != 0))
+    plain = (step.want[:n] & SAMPLE > 0) & ~filtered[index] & (step.bitmask_index[:n] < 0)
+    return np.asarray(plain & (step.edit_start[1 : n + 1] == step.edit_start[:n]))
+
+
+def needs_logits(step: Step, found_R: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which outputs are not settled by what was found of them."""
+    n = len(found_R)
+    told = (step.params.n_logprobs[step.params_index[:n]] >= 0) | (step.want[:n] & SCORE > 0)
+    return np.asarray((found_R == UNKNOWN) | (told & (found_R >= 0)))
+
+
 def sample_rows(
-    step: Step,
-    logits_RV: F32,
-    noise: Noise | None = None,
-    greedy: NDArray[np.int64] | None = None,
-    fast: Choose | None = None,
+    step: Step, logits_RV: F32, noise: Noise | None = None, found_R: NDArray[np.int64] | None = None
 ) -> StepResult:
     """Choose a token for each output that wants one; log-probabilities are of the unprocessed logits.
 
-    ``logits_RV`` may lack the step's last outputs: nothing is found out about those.
-    ``noise`` and ``fast`` are a backend's quicker ways to the same numbers; ``greedy`` the rows' argmax where it has
-    them (-1 where there is none); logits of width 0 say that all rows are greedy and plain. A row that cannot be
-    sampled is an error of its sequence alone, and one whose token turns out to be a wrong guess is not sampled.
+    ``logits_RV`` may lack the step's last outputs: nothing is found out about those. ``noise`` is a backend's quicker
+    way to the same numbers, ``found_R`` what it knows of outputs already (REFUSED, UNKNOWN, WRONG); logits of width 0
+    say that no more is needed. A row that cannot be sampled is an error of its sequence alone, and one whose token turns out to
+    be a wrong guess is not sampled.
     """
     result = StepResult.nothing(step, max(0, int(step.params.n_logprobs.max(initial=-1))))
-    plain_R = (step.bitmask_index < 0) & (np.diff(step.edit_start) == 0)
-    if greedy is not None and plain_R.all() and logits_RV.shape[1] == 0:
-        result.ids[: len(greedy)] = greedy
+    n = len(logits_RV)
+    if found_R is None:
+        found_R = np.full(n, UNKNOWN)
+    result.ids[:n] = np.maximum(found_R, -1)
+    for r in np.flatnonzero(found_R == REFUSED).tolist():
+        result.errors[int(step.out_seq[r])] = IMPOSSIBLE
+    if not logits_RV.shape[1]:
         return result
     guessed = guesses(step)
-    for r in range(len(logits_RV)):
+    for r in np.flatnonzero(needs_logits(step, found_R)).tolist():
         if r < len(guessed) and guessed[r] >= 0 and result.ids[guessed[r]] != step.tok[step.out_row[r]]:
             continue
-        p = int(step.params_index[r])
-        n_logprobs = int(step.params.n_logprobs[p])
+        n_logprobs = int(step.params.n_logprobs[step.params_index[r]])
         try:
-            if step.want[r] & SAMPLE:
-                if greedy is not None and plain_R[r] and step.params.temperature[p] == 0 and greedy[r] >= 0:
-                    result.ids[r] = greedy[r]
-                else:
-                    result.ids[r] = choose(edited(logits_RV[r], step, r), step, r, noise or philox.noise, fast)
+            if step.want[r] & SAMPLE and found_R[r] == UNKNOWN:
+                result.ids[r] = choose(edited(logits_RV[r], step, r), step, r, noise or philox.noise)
         except ValueError as error:
             result.errors[int(step.out_seq[r])] = str(error)
             continue

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +15,10 @@ from tenon.base.errors import ConfigError, IntegrityError
 from tenon.engine.executors import native
 from tenon.engine.executors.attention import MAX_DEPTH, NativeAttention, TorchAttention, roots
 from tenon.engine.executors.linear import PackedLinear
-from tenon.engine.sampling import sample_rows
 from tenon.engine.step import Step
 from tenon.models.decoder import Maths
 from tenon.models.spec import ModelSpec
-from tests.engine.build import Run, logit_rows, smallest_block, step, step_of
+from tests.engine.build import Run, smallest_block, step
 
 pytestmark = pytest.mark.torch
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -253,40 +250,3 @@ def test_the_noise_is_numpy_s() -> None:
         key = int(rng.integers(0, 2**63)) * 2 + 1, int(rng.integers(0, 64)), int(rng.integers(0, 2**31))
         tokens = np.sort(rng.integers(0, 200_000, 500))
         assert np.abs(native.load().noise(*key, tokens) - philox.noise(*key, tokens)).max() < 1e-12
-
-
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
-def test_the_choice_is_numpy_s(temperature: float) -> None:
-    logits = logit_rows(300, 3.0)
-    plain = sample_rows(step_of(300, temperature=temperature, seed=5), logits)
-    fast = sample_rows(step_of(300, temperature=temperature, seed=5), logits, fast=native.load().choose)
-    assert plain.ids.tolist() == fast.ids.tolist()
-
-
-def test_choices_at_20_000_positions_follow_the_softmax() -> None:
-    n, logits = 20_000, logit_rows(1, 1.5, seed=4)[0, :24].copy()
-    choose = native.load().choose
-    counts = np.bincount([choose(logits, 1.0, 123, 0, r) for r in range(n)], minlength=24)
-    expected = n * np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
-    chi2 = float(((counts - expected) ** 2 / expected).sum())
-    assert chi2 < 23 + 4 * math.sqrt(2 * 23)
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_argmax_takes_the_first_of_equals_and_marks_what_is_not_finite(dtype: torch.dtype) -> None:
-    logits = normal(1, 6, 1003, dtype=dtype)
-    logits[0, [40, 900]] = 9
-    logits[1, 1002] = 9
-    logits[2, 7] = float("nan")
-    logits[3] = float("-inf")
-    logits[4, 3] = float("inf")
-    logits[5, 0] = 9
-    assert native.load().argmax(logits).tolist() == [40, 1002, -1, -1, -1, 0]
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_choice_among_what_is_not_finite_is_refused(bad: float) -> None:
-    logits: np.ndarray[Any, Any] = logit_rows(1)[0].copy()
-    logits[9] = bad
-    with pytest.raises(ValueError, match="finite"):
-        native.load().choose(logits, 1.0, 0, 0, 0)

@@ -1,23 +1,28 @@
 // The one randomness rule on CPU: Gumbel-max with Philox4x32-10 noise, fp64. Agrees with base/philox.py.
+#include <omp.h>
+
 #include "simd.h"
 
-enum { PARALLEL = 65536 };
+enum {
+    PARALLEL = 8192,        // logits of a step below which waking the other threads costs more than it saves,
+    PARALLEL_VOCAB = 32768  // and of a single output
+};
 
-#define SCALAR float
-#define LOAD load_f
-#define TO_F to_f
-#define NAME(x) x##_f32
-#include "argmax_body.h"
-#undef SCALAR
-#undef LOAD
-#undef TO_F
-#undef NAME
+// What is said of an output: a token from 0 on, or one of these. The same numbers stand in engine/sampling.py.
+enum { REFUSED = -1, WRONG = -3, WANTED = -4 };
 
-#define SCALAR bf16
-#define LOAD load_b
-#define TO_F b_to_f
-#define NAME(x) x##_bf16
-#include "argmax_body.h"
+typedef struct {
+    uint64_t seed;
+    float temperature;
+    uint32_t sample, position;
+    int32_t guess_of, guess;
+    int32_t begins;  // scratch: no output from here on guesses one before
+} draw;
+
+typedef struct {
+    double score;
+    int64_t id;
+} choice;
 
 static void philox(const uint32_t counter[4], uint64_t seed, uint32_t out[4]) {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
@@ -34,47 +39,73 @@ static void philox(const uint32_t counter[4], uint64_t seed, uint32_t out[4]) {
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-enum { TOGETHER = 16 };
+enum { TOGETHER = 64 };  // tokens whose noise is made side by side
 
-// The same of as many neighbouring counters side by side: lane l has first + l. out[w][l] is word w.
-static void philox_many(uint32_t first, uint32_t position, uint32_t sample, uint64_t seed, uint32_t out[4][TOGETHER]) {
-#ifdef __AVX2__
-    // A word in the lower half of 64 bits, which is what the multiplication takes.
-    const __m256i m0 = _mm256_set1_epi64x(0xD2511F53u), m1 = _mm256_set1_epi64x(0xCD9E8D57u);
-    const __m256i low = _mm256_set1_epi64x(0xFFFFFFFFu);
-    __m256i c0[TOGETHER / 4], c1[TOGETHER / 4], c2[TOGETHER / 4], c3[TOGETHER / 4];
-    for (int v = 0; v < TOGETHER / 4; v++) {
-        c0[v] = _mm256_set_epi64x(first + 4 * v + 3, first + 4 * v + 2, first + 4 * v + 1, first + 4 * v);
-        c1[v] = _mm256_set1_epi64x(position), c2[v] = _mm256_set1_epi64x(sample), c3[v] = _mm256_setzero_si256();
-    }
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-    for (int i = 0; i < 10; i++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-        const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
-        for (int v = 0; v < TOGETHER / 4; v++) {
-            const __m256i p0 = _mm256_mul_epu32(c0[v], m0), p1 = _mm256_mul_epu32(c2[v], m1);
-            c0[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1[v]), key0);
-            c1[v] = _mm256_and_si256(p1, low);
-            c2[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3[v]), key1);
-            c3[v] = _mm256_and_si256(p0, low);
-        }
-    }
-    for (int v = 0; v < TOGETHER / 4; v++) {
-        uint64_t lanes[4][4];
-        _mm256_storeu_si256((__m256i *)lanes[0], c0[v]), _mm256_storeu_si256((__m256i *)lanes[1], c1[v]);
-        _mm256_storeu_si256((__m256i *)lanes[2], c2[v]), _mm256_storeu_si256((__m256i *)lanes[3], c3[v]);
-        for (int w = 0; w < 4; w++)
-            for (int l = 0; l < 4; l++) out[w][4 * v + l] = (uint32_t)lanes[w][l];
-    }
+// A word in the lower half of 64 bits, which is what the multiplication takes.
+enum { WIDE = LANES / 2, VECTORS = TOGETHER / 4 / WIDE };
+typedef uint64_t wide __attribute__((vector_size(8 * WIDE)));
+
+static inline wide product(wide a, uint64_t b) {
+#if defined(__AVX512F__)
+    return (wide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64((int64_t)b));
+#elif defined(__AVX2__)
+    return (wide)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x((int64_t)b));
 #else
-    for (int l = 0; l < TOGETHER; l++) {
-        uint32_t word[4];
-        philox((uint32_t[4]){first + l, position, sample, 0}, seed, word);
-        for (int w = 0; w < 4; w++) out[w][l] = word[w];
-    }
+    return a * b;
 #endif
 }
 
+// The words of as many neighbouring tokens, the first of which is 4 * first.
+static void noise_words(uint32_t first, const draw *d, uint32_t out[TOGETHER]) {
+    wide c0[VECTORS], c1[VECTORS], c2[VECTORS], c3[VECTORS];
+    for (int v = 0; v < VECTORS; v++) {
+        for (int l = 0; l < WIDE; l++) c0[v][l] = (uint32_t)(first + v * WIDE + l);
+        c1[v] = (wide){} + d->position, c2[v] = (wide){} + d->sample, c3[v] = (wide){};
+    }
+    uint32_t k0 = (uint32_t)d->seed, k1 = (uint32_t)(d->seed >> 32);
+    for (int i = 0; i < 10; i++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+        for (int v = 0; v < VECTORS; v++) {
+            const wide p0 = product(c0[v], 0xD2511F53u), p1 = product(c2[v], 0xCD9E8D57u);
+            c0[v] = (p1 >> 32) ^ c1[v] ^ k0;
+            c1[v] = p1 & 0xFFFFFFFFu;
+            c2[v] = (p0 >> 32) ^ c3[v] ^ k1;
+            c3[v] = p0 & 0xFFFFFFFFu;
+        }
+    for (int v = 0; v < VECTORS; v++)
+        for (int l = 0; l < WIDE; l++) {
+            uint32_t *at = out + 4 * (v * WIDE + l);
+            at[0] = (uint32_t)c0[v][l], at[1] = (uint32_t)c1[v][l], at[2] = (uint32_t)c2[v][l], at[3] = (uint32_t)c3[v][l];
+        }
+}
+
 static double gumbel(uint32_t r) { return -log(-log1p(-(((double)r + 0.5) * 0x1p-32))); }
+
+static const float GUMBEL_MAX = 22.88f;
+
+// No less than each word's noise, and at most 0.07 more: noise is at most -log u, and between powers of two a float's
+// bits rise from one logarithm to the next in a straight line that lies below the curve.
+static inline vf most_noise(const uint32_t *word) {
+    vu r;
+    memcpy(&r, word, sizeof r);
+    const vf bits = __builtin_convertvector((vi)(vf)__builtin_convertvector((vi)(r >> 1), vf), vf);
+    return (splat(158.0f) - bits * 0x1p-23f) * 0.69314724f;
+}
+
+#define SCALAR float
+#define LOAD load_f
+#define TO_F to_f
+#define NAME(x) x##_f32
+#include "sample_body.h"
+#undef SCALAR
+#undef LOAD
+#undef TO_F
+#undef NAME
+
+#define SCALAR bf16
+#define LOAD load_b
+#define TO_F b_to_f
+#define NAME(x) x##_bf16
+#include "sample_body.h"
 
 // Noise of n tokens at one output position.
 void tenon_noise(uint64_t seed, uint32_t sample, uint32_t position, const int64_t *token, int64_t n, double *out) {
@@ -87,40 +118,6 @@ void tenon_noise(uint64_t seed, uint32_t sample, uint32_t position, const int64_
         }
         out[i] = gumbel(word[token[i] & 3]);
     }
-}
-
-// argmax over the vocabulary of logit / temperature + noise; -1 if none is finite or one is NaN.
-// With u >= 2^-(z+1), z the leading zeros of the word, the noise is at most (z + 1) ln 2: most tokens need no logarithm.
-int64_t tenon_choose(
-    const float *logit, int64_t vocab, float temperature, uint64_t seed, uint32_t sample, uint32_t position) {
-    float best_logit = -INFINITY;
-    int nan = 0;
-    for (int64_t i = 0; i < vocab; i++) {
-        best_logit = logit[i] > best_logit ? logit[i] : best_logit;
-        nan |= logit[i] != logit[i];
-    }
-    if (nan || !isfinite(best_logit)) return -1;
-    const double t = temperature, inverse = 1 / t;
-    const float low = (float)(best_logit - 26.03 * t);
-    double best = -INFINITY;
-    int64_t id = -1;
-    for (int64_t first = 0; first < vocab; first += 4 * TOGETHER) {
-        const int64_t end = first + 4 * TOGETHER < vocab ? first + 4 * TOGETHER : vocab;
-        float most = logit[first];
-        for (int64_t i = first + 1; i < end; i++) most = logit[i] > most ? logit[i] : most;
-        if (most < low) continue;
-        uint32_t word[4][TOGETHER];
-        philox_many((uint32_t)(first / 4), position, sample, seed, word);
-        for (int64_t i = first; i < end; i++) {
-            if (logit[i] < low) continue;
-            const uint32_t r = word[i & 3][(i - first) >> 2];
-            const int zeros = r ? __builtin_clz(r) : 32;
-            if ((double)logit[i] * inverse + (zeros + 1) * 0.6931471806 <= best - 1e-3) continue;
-            const double score = (double)logit[i] / t + gumbel(r);
-            if (score > best) best = score, id = i;
-        }
-    }
-    return id;
 }
 
 enum { MOST_BEST = 64 };
@@ -153,13 +150,15 @@ int64_t tenon_best(
         return n;
     }
     const double t = temperature, inverse = 1 / t;
-    for (int64_t first = 0; first < vocab; first += 4 * TOGETHER) {
-        const int64_t end = first + 4 * TOGETHER < vocab ? first + 4 * TOGETHER : vocab;
-        uint32_t word[4][TOGETHER];
-        philox_many((uint32_t)(first / 4), position, sample, seed, word);
+    const draw d = {seed, temperature, sample, position};
+    for (int64_t first = 0; first < vocab; first += TOGETHER) {
+        const int64_t end = first + TOGETHER < vocab ? first + TOGETHER : vocab;
+        uint32_t word[TOGETHER];
+        noise_words((uint32_t)(first / 4), &d, word);
         for (int64_t i = first; i < end; i++) {
             if (logit[i] == -INFINITY) continue;
-            const uint32_t r = word[i & 3][(i - first) >> 2];
+            const uint32_t r = word[i - first];
+            // With u >= 2^-(z+1), z the leading zeros of the word, the noise is at most (z + 1) ln 2.
             const int zeros = r ? __builtin_clz(r) : 32;
             if (n == k && (double)logit[i] * inverse + (zeros + 1) * 0.6931471806 <= scores[n - 1] - 1e-3) continue;
             const double score = (double)logit[i] / t + gumbel(r);

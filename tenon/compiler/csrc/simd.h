@@ -126,6 +126,17 @@ static inline float max_lanes(vf v) {
     return b[0] > b[1] ? b[0] : b[1];
 }
 
+// Whether a lane of a mask is set.
+static inline int any_v(vi m) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) != 0;
+#elif defined(__AVX__)
+    return !_mm256_testz_si256((__m256i)m, (__m256i)m);
+#else
+    return (m[0] | m[1] | m[2] | m[3]) != 0;
+#endif
+}
+
 static inline vf max_v(vf a, vf b) { return select_v(a > b, a, b); }
 
 // exp of x <= 88, about 2 ulp; 0 below -87.

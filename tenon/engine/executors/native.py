@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from functools import cache
+from typing import Final
 
 import numpy as np
 import torch
@@ -19,10 +20,33 @@ from torch import Tensor
 
 from tenon.base.errors import ResourceError
 from tenon.compiler import toolchain
+from tenon.engine.sampling import UNKNOWN, WANTED
+from tenon.engine.step import Step, guesses
 
 SOURCES = ("attend.c", "linear.c", "rows.c", "sample.c", "stack.c")
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 Entry = dict[torch.dtype, Callable[..., int]]
+Draws = NDArray[np.void]
+DRAW: Final = np.dtype(
+    [
+        ("seed", np.uint64), ("temperature", np.float32), ("sample", np.uint32), ("position", np.uint32),
+        ("guess_of", np.int32), ("guess", np.int32), ("begins", np.int32),
+    ]
+)  # fmt: skip
+"""Mirror of ``draw`` in sample.c; keep the fields in its order."""
+
+
+def draws(step: Step, n: int) -> Draws:
+    """How the first ``n`` outputs are sampled."""
+    params, index = step.params, step.params_index[:n]
+    out = np.empty(n, DRAW)
+    for name in ("seed", "temperature", "sample"):
+        out[name] = getattr(params, name)[index]
+    out["position"] = step.out_position[:n]
+    out["guess_of"], out["guess"] = -1, step.tok[step.out_row[:n]]
+    if guessed := guesses(step):
+        out["guess_of"][: len(guessed)] = guessed
+    return out
 
 
 class AttendStep(ctypes.Structure):
@@ -50,7 +74,7 @@ class Native:
         self.pack: Entry = {}
         self.stack: Entry = {}
         self.stack_scratch: Entry = {}
-        self._argmax: Entry = {}
+        self._sample: Entry = {}
         for dtype, suffix in SUFFIX.items():
             for table, name, arguments, result in (
                 (self.attend, "attend", (P, F, P, P, P, P, P, P), c_int32),
@@ -62,7 +86,7 @@ class Native:
                 (self.pack, "pack", (P, I, I, P), None),
                 (self.stack, "stack", (P, P, I, P, P, P, P, P), c_int32),
                 (self.stack_scratch, "stack_scratch", (P, I), I),
-                (self._argmax, "argmax", (P, I, I, P), None),
+                (self._sample, "sample", (P, I, I, P, P), None),
             ):
                 function = lib[f"tenon_{name}_{suffix}"]
                 function.argtypes, function.restype = arguments, result
@@ -75,8 +99,6 @@ class Native:
         """Neighbouring elements that are multiplied as one, and so lie together in packed weights and caches."""
         self._noise = lib["tenon_noise"]
         self._noise.argtypes, self._noise.restype = (c_uint64, c_uint32, c_uint32, P, I, P), None
-        self._choose = lib["tenon_choose"]
-        self._choose.argtypes, self._choose.restype = (P, I, F, c_uint64, c_uint32, c_uint32), c_int64
         self._best = lib["tenon_best"]
         self._best.argtypes, self._best.restype = (P, I, I, F, c_uint64, c_uint32, c_uint32, P, P), c_int64
 
@@ -91,19 +113,13 @@ class Native:
         self._noise(seed, sample, position, tokens.ctypes.data, len(tokens), out.ctypes.data)
         return out
 
-    def argmax(self, logits_RV: Tensor) -> NDArray[np.int64]:
-        """(R,) best ids; -1 where a row has no finite value or a NaN."""
+    def sample(self, logits_RV: Tensor, draws: Draws, wanted: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """(R,) tokens of the ``wanted`` outputs by the one randomness rule without filters, REFUSED where no logit is
+        finite or one is NaN, WRONG where the output's own token was a wrong guess; UNKNOWN of the others."""
         R, V = logits_RV.shape
-        out = np.empty(R, np.int64)
-        self._argmax[logits_RV.dtype](logits_RV.data_ptr(), R, V, out.ctypes.data)
+        out = np.where(wanted, WANTED, UNKNOWN)
+        self._sample[logits_RV.dtype](logits_RV.data_ptr(), R, V, draws.ctypes.data, out.ctypes.data)
         return out
-
-    def choose(self, logits_V: NDArray[np.float32], temperature: float, seed: int, sample: int, position: int) -> int:
-        """Gumbel-max over all tokens, for requests without filters. Raises ``ValueError`` if no logit is finite."""
-        token = self._choose(logits_V.ctypes.data, len(logits_V), temperature, seed, sample, position)
-        if token < 0:
-            raise ValueError("no token has a finite logit")
-        return int(token)
 
     def best(
         self, logits_V: NDArray[np.float32], k: int, temperature: float, seed: int, sample: int, position: int

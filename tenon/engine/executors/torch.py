@@ -28,8 +28,8 @@ from tenon.engine.executors import native
 from tenon.engine.executors.attention import NativeAttention, TorchAttention
 from tenon.engine.executors.base import Caps, Ticket
 from tenon.engine.executors.stack import HEAD_MULTIPLE, Stack, uncovered
-from tenon.engine.sampling import draft_rows, look_up, sample_rows
-from tenon.engine.step import DRAFT, HIDDEN, SAMPLE, SCORE, Step, StepResult
+from tenon.engine.sampling import REFUSED, UNKNOWN, draft_rows, is_plain, look_up, needs_logits, sample_rows
+from tenon.engine.step import DRAFT, HIDDEN, SCORE, Step, StepResult
 from tenon.models import rope
 from tenon.models.checkpoint import load_decoder, random_decoder
 from tenon.models.decoder import Decoder, Maths
@@ -283,21 +283,28 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def _sample(self, step: Step, logits_RV: Tensor) -> StepResult:
-        """Tokens of the outputs; rows that are greedy and plain never leave the device as logits."""
-        noise, fast = (self._native.noise, self._native.choose) if self._native is not None else (None, None)
+        """Tokens of the outputs; rows of which no more is needed never leave the device as logits."""
+        noise = self._native.noise if self._native is not None else None
         if len(step.want) and step.want[0] & DRAFT:
             best = self._native.best if self._native is not None else None
             return draft_rows(step, logits_RV.float().cpu().numpy(), noise, best)
-        greedy = self._greedy(logits_RV)
+        found_R = self._find(step, logits_RV)
+        n = len(found_R)
+        host = logits_RV.float().cpu().numpy() if needs_logits(step, found_R).any() else np.zeros((n, 0), np.float32)
+        return sample_rows(step, host, noise, found_R)
+
+    def _find(self, step: Step, logits_RV: Tensor) -> NDArray[np.int64]:
+        """(R,) tokens of outputs that are sampled plainly, as far as this device can; REFUSED, UNKNOWN, WRONG."""
         n = len(logits_RV)
-        index = step.params_index[:n]
-        plain = (step.params.temperature[index] == 0) & (step.want[:n] == SAMPLE) & (step.params.n_logprobs[index] < 0)
-        on_device = plain.all() and (step.bitmask_index < 0).all() and not len(step.edit_token)
-        if on_device and (greedy >= 0).all():
-            host = np.zeros((n, 0), np.float32)
-        else:
-            host = logits_RV.float().cpu().numpy()
-        return sample_rows(step, host, noise, greedy, fast)
+        plain_R = is_plain(step, n)
+        if self._native is not None and logits_RV.dtype in native.SUFFIX and logits_RV.is_contiguous():
+            return self._native.sample(logits_RV, native.draws(step, n), plain_R)
+        greedy_R = plain_R & (step.params.temperature[step.params_index[:n]] == 0)
+        if not greedy_R.any():
+            return np.full(n, UNKNOWN)
+        best, ids = logits_RV.max(-1)
+        found_R = torch.where(torch.isfinite(best), ids, REFUSED).cpu().numpy()
+        return np.where(greedy_R, found_R, UNKNOWN)
 
     @torch.inference_mode()
     def _score(self, step: Step, result: StepResult) -> None:
@@ -309,15 +316,6 @@ class TorchExecutor:
             logits_RV = self.forward.logits(self._hidden[rows]).float().cpu().numpy()
             for r, logits_V in zip(outputs, logits_RV, strict=True):
                 look_up(step, result, r, logits_V)
-
-    def _greedy(self, logits_RV: Tensor) -> NDArray[np.int64]:
-        """(R,) best ids; -1 where a row has no finite value or a NaN."""
-        if self._native is not None and logits_RV.dtype in native.SUFFIX and logits_RV.is_contiguous():
-            return self._native.argmax(logits_RV)
-        if not len(logits_RV):
-            return np.zeros(0, np.int64)
-        best, ids = logits_RV.max(-1)
-        return torch.where(torch.isfinite(best), ids, -1).cpu().numpy()
 
     def poll(self, ticket: Ticket) -> StepResult:
         return self._results.pop(ticket)
