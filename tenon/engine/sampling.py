@@ -125,8 +125,8 @@ def sample_rows(
 
     ``logits_RV`` may lack the step's last outputs: nothing is found out about those. ``noise`` is a backend's quicker
     way to the same numbers, ``found_R`` what it knows of outputs already (REFUSED, UNKNOWN, WRONG); logits of width 0
-    say that no more is needed. A row that cannot be sampled is an error of its sequence alone, and one whose token turns
-    out to be a wrong guess is not sampled.
+    say that no more is needed. A row that cannot be sampled is an error of its sequence alone, and one whose token
+    turns out to be a wrong guess is not sampled.
     """
     result = StepResult.nothing(step, max(0, int(step.params.n_logprobs.max(initial=-1))))
     n = len(logits_RV)
