@@ -5,6 +5,7 @@ Shapes: T rows, S spans, R outputs.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -195,8 +196,36 @@ class _Frame:
             n_logprobs=all_of.n_logprobs[rows],
         )
 
+    def grown(self, spans: list[Span]) -> _Frame:
+        """This one, a row a sequence, with the trees that ``spans`` have below the rows."""
+        frame = copy(self)
+        frame.has_trees, frame.counts = True, [span.n for span in spans]
+        frame.count = np.array(frame.counts, np.int32)
+        frame.q_start = _starts(frame.count)
+        T = int(frame.q_start[-1])
+        frame.out_span = frame.row_span = row_span = np.repeat(self.row_span, frame.count)
+        frame.out_row = np.arange(T, dtype=np.int32)
+        frame.row_offset = frame.row_depth = frame.out_row - frame.q_start[:-1][row_span]
+        frame.parent = np.full(T, -1, np.int32)
+        frame.bucket_T = _bucket(T)
+        frame._branch(spans)
+        frame.out_reach = frame.row_depth + 1
+        frame.edited = _edited(spans) if any(seq.edits for seq in self.seqs) else []
+        frame.out_seq, frame.n_prompt = self.seq[row_span], self.n_prompt[row_span]
+        frame.want = np.full(T, SAMPLE, np.uint8)
+        frame.params_index = row_span.astype(np.int32)
+        frame.bitmask_index = np.full(T, -1, np.int32)
+        if self.bound:
+            frame.bound = [(span.seq, span.n) for span in spans if span.seq.binding is not None]
+            bound = np.array([span.seq.binding is not None for span in spans])[row_span]
+            frame.bitmask_index[bound] = np.arange(np.count_nonzero(bound))
+        frame.no_starts = np.zeros(T + 1, np.int32)
+        return frame
+
     def _branch(self, spans: list[Span]) -> None:
         """Depths and parents of the rows of trees. One that does not branch is a run of positions like others."""
+        if all(span.tree is None or span.tree.is_chain for span in spans):
+            return
         depth, parent = self.row_depth.copy(), self.parent
         for at, span in zip(self.q_start.tolist(), spans, strict=False):
             tree = span.tree
@@ -210,8 +239,12 @@ class _Frame:
         """Whether a step of ``spans`` is this one, further on."""
         if self.has_trees or [span.n for span in spans] != self.counts:
             return False
+        return self.is_of(spans) and all(span.tree is None for span in spans)
+
+    def is_of(self, spans: list[Span]) -> bool:
+        """Whether it has as many spans of the same sequences, for the same targets."""
         mine = zip(spans, self.seqs, self.targets, strict=True)
-        return all(span.seq is seq and span.targets == targets and span.tree is None for span, seq, targets in mine)
+        return all(span.seq is seq and span.targets == targets for span, seq, targets in mine)
 
 
 class Assembler:
@@ -229,9 +262,7 @@ class Assembler:
         """The step that computes ``spans``. ``moves`` are (group, source slot, target slot)."""
         frame = self._steady
         if not frame.fits(spans):
-            frame = _Frame(spans, self._known)
-        if not frame.has_trees:  # what was before a tree comes again after it
-            self._steady = frame
+            frame = self._framed(spans)
         self._frame = frame
         size = spans[0].seq.block_tokens
         start = np.array([span.start for span in spans], np.int32)
@@ -241,7 +272,7 @@ class Assembler:
             tok = np.array([span.seq.tokens.item(span.start) for span in spans], np.int32)
         else:
             pos = start[frame.row_span] + frame.row_depth
-            tok = np.concatenate([_tokens(span) for span in spans])
+            tok = _tokens(spans)
 
         frame.tables.cut(-(-end // size))
         step_moves = [
@@ -254,6 +285,18 @@ class Assembler:
         slots = [table[block] * size + offset for table in frame.tables.flat]
         out_position = start[frame.out_span] + frame.out_reach - frame.n_prompt
         return self._fill(step_id, weights_version, tok, pos, slots, step_moves, out_position)
+
+    def _framed(self, spans: list[Span]) -> _Frame:
+        """The frame of these, and what comes again after it: where sequences decode, that without their trees."""
+        has_trees = any(span.tree is not None for span in spans)
+        if not has_trees:
+            self._steady = _Frame(spans, self._known)
+            return self._steady
+        if not all(len(span.targets) == 1 and (span.n == 1 or span.tree is not None) for span in spans):
+            return _Frame(spans, self._known)
+        if self._steady.counts != [1] * len(spans) or not self._steady.is_of(spans):
+            self._steady = _Frame([Span(span.seq, span.start, 1, span.targets) for span in spans], self._known)
+        return self._steady.grown(spans)
 
     def further(self, step_id: int, weights_version: int, tok_S: I32, pos_S: I32, crossed: list[int]) -> Step:
         """The step that follows the one that was made last: its spans, each one row long, a position further. The rows
@@ -341,12 +384,19 @@ def _edits(frame: _Frame) -> tuple[I32, I32, U8, F32]:
     return _starts(counts), tokens, kinds, values
 
 
-def _tokens(span: Span) -> I32:
-    """Of the span's rows."""
-    tokens, start, tree = span.seq.tokens, span.start, span.tree
-    if tree is None:
-        return tokens[start : start + span.n]
-    return np.array([tokens.item(start), *tree.tokens], np.int32)
+def _tokens(spans: list[Span]) -> I32:
+    """Of all rows."""
+    if not any(span.tree for span in spans):
+        return np.concatenate([span.seq.tokens[span.start : span.start + span.n] for span in spans])
+    found: list[int] = []
+    for span in spans:
+        tokens, start, tree = span.seq.tokens, span.start, span.tree
+        if tree is None:
+            found += tokens[start : start + span.n].tolist()
+        else:
+            found.append(tokens.item(start))
+            found += tree.tokens
+    return np.array(found, np.int32)
 
 
 def _starts(counts: I32) -> I32:

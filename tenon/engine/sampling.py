@@ -105,17 +105,22 @@ def log_softmax(logits_V: NDArray[np.floating]) -> NDArray[np.float64]:
 
 def is_plain(step: Step, n: int) -> NDArray[np.bool_]:
     """(n,) which of the first outputs are sampled from the logits as they are, without mask, edits or filters."""
-    params, index = step.params, step.params_index[:n]
-    filtered = (params.temperature > 0) & ((params.top_k != 0) | (params.top_p < 1) | (params.min_p != 0))
-    plain = (step.want[:n] & SAMPLE > 0) & ~filtered[index] & (step.bitmask_index[:n] < 0)
-    return np.asarray(plain & (step.edit_start[1 : n + 1] == step.edit_start[:n]))
+    plain = step.params.unfiltered[step.params_index[:n]] & (step.want[:n] & SAMPLE > 0)
+    if len(step.bitmask):
+        plain &= step.bitmask_index[:n] < 0
+    if len(step.edit_token):
+        plain &= step.edit_start[1 : n + 1] == step.edit_start[:n]
+    return np.asarray(plain)
 
 
 def needs_logits(step: Step, found_R: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which outputs are not settled by what was found of them."""
     n = len(found_R)
-    told = (step.params.n_logprobs[step.params_index[:n]] >= 0) | (step.want[:n] & SCORE > 0)
-    return np.asarray((found_R == UNKNOWN) | (told & (found_R >= 0)))
+    needed = found_R == UNKNOWN
+    if step.params.most_logprobs >= 0:
+        needed |= (step.params.n_logprobs[step.params_index[:n]] >= 0) & (found_R >= 0)
+    scored = step.want[:n] & SCORE > 0
+    return np.asarray(needed | (scored & (found_R >= 0)) if scored.any() else needed)
 
 
 def sample_rows(
@@ -128,7 +133,7 @@ def sample_rows(
     say that no more is needed. A row that cannot be sampled is an error of its sequence alone, and one whose token
     turns out to be a wrong guess is not sampled.
     """
-    result = StepResult.nothing(step, max(0, int(step.params.n_logprobs.max(initial=-1))))
+    result = StepResult.nothing(step, max(0, step.params.most_logprobs))
     n = len(logits_RV)
     if found_R is None:
         found_R = np.full(n, UNKNOWN)
@@ -159,7 +164,7 @@ def draft_rows(step: Step, logits_RV: F32, noise: Noise | None = None, fast: Bes
 
     ``noise`` and ``fast`` as in ``sample_rows``.
     """
-    result = StepResult.nothing(step, max(0, int(step.params.n_logprobs.max(initial=-1))))
+    result = StepResult.nothing(step, max(0, step.params.most_logprobs))
     for r, logits_V in enumerate(logits_RV):
         p = int(step.params_index[r])
         key = int(step.params.seed[p]), int(step.params.sample[p]), int(step.out_position[r])

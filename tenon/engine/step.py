@@ -20,6 +20,7 @@ Lengths: T rows, S spans, R outputs, P rows of the parameter table, B bit masks,
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -57,6 +58,9 @@ def _i32(*shape: int) -> I32:
     return np.zeros(shape, np.int32)
 
 
+NO_I32, NO_I64, NO_F32 = np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32)
+
+
 @dataclass
 class GroupStep:
     """One KV group's part: where rows are written and which blocks each span reads."""
@@ -87,6 +91,16 @@ class Params:
     """Index of the sequence among its request's ``n``."""
     n_logprobs: I32
     """-1: none wanted; 0: the chosen token's; k: also the k best."""
+
+    @cached_property
+    def unfiltered(self) -> NDArray[np.bool_]:
+        """Rows under which any token may be sampled. Steps in a row share the table, so that it is looked at once."""
+        return np.asarray((self.temperature == 0) | ((self.top_k == 0) & (self.top_p >= 1) & (self.min_p == 0)))
+
+    @cached_property
+    def most_logprobs(self) -> int:
+        """The largest of ``n_logprobs``."""
+        return int(self.n_logprobs.max(initial=-1))
 
 
 @dataclass
@@ -163,19 +177,21 @@ class Step:
             raise ProtocolError(f"these {len(data)} bytes are not a Step: {error}") from error
 
 
-def guesses(step: Step) -> list[int]:
+def guesses(step: Step) -> I32:
     """Of each output that is sampled, the output whose sample its row's token is a guess of, or -1: that of its parent
     in the tree, or of the row before it in its span. Empty where no step has any."""
-    n = int(np.count_nonzero(step.want & SAMPLE)) if len(step.want) else 0
+    n = int(np.count_nonzero(step.want & SAMPLE))
     if n < 2 or step.n_rows == len(step.seq):
-        return []  # a span that is sampled from twice has two rows
+        return NO_I32  # a span that is sampled from twice has two rows
     row = step.out_row[:n]
+    before = np.where(step.parent >= 0, step.parent, np.arange(-1, step.n_rows - 1, dtype=np.int32))
+    before[step.q_start[:-1]] = -1
+    if n == step.n_rows and np.array_equal(row, np.arange(n)):
+        return before
     output_of = np.full(step.n_rows + 1, -1, np.int32)
     output_of[row] = np.arange(n)
-    before = np.where(step.parent >= 0, step.parent, np.arange(step.n_rows) - 1)
-    before[step.q_start[:-1]] = -1
     found = output_of[before[row]]
-    return found.tolist() if (found >= 0).any() else []
+    return found if (found >= 0).any() else NO_I32
 
 
 _MALFORMED: Final = (
@@ -248,16 +264,16 @@ class StepResult:
     @staticmethod
     def nothing(step: Step, k: int, n_hidden: int = 0, width: int = 0) -> StepResult:
         """Of a step of which nothing is known yet: ``k`` best ids, ``n_hidden`` rows of hidden states."""
-        R = step.n_outputs
+        R, n_scored = step.n_outputs, len(step.score_token)
         return StepResult(
             ids=np.full(R, -1, np.int32),
             logprobs=np.full(R, np.nan, np.float32),
             top_ids=np.full((R, k), -1, np.int32),
             top_logprobs=np.full((R, k), np.nan, np.float32),
-            scores=np.full(len(step.score_token), np.nan, np.float32),
-            ranks=np.zeros(len(step.score_token), np.int32),
+            scores=np.full(n_scored, np.nan, np.float32) if n_scored else NO_F32,
+            ranks=np.zeros(n_scored, np.int32) if n_scored else NO_I32,
             hidden=np.full((n_hidden, width), np.nan, np.float32),
-            transfers_done=np.zeros(0, np.int64),
+            transfers_done=NO_I64,
             start_s=0.0,
             end_s=0.0,
         )

@@ -131,7 +131,7 @@ def test_guesses_are_children_of_rows_that_are_sampled(kinds: list[str], seed: i
         }.get(kind, lambda seq=seq, tree=tree: Span(seq, 14, 1 + len(tree), [seq], tree))())  # fmt: skip
     step = Assembler("m", 1).step(1, 0, spans, [])
     right = guessed(step)
-    assert guesses(step) == (right if max(right, default=-1) >= 0 else [])
+    assert guesses(step).tolist() == (right if max(right, default=-1) >= 0 else [])
 
 
 # -- what is taken over ------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def draws(step: Step, n: int) -> Draws:
         out[name] = getattr(params, name)[index]
     out["position"] = step.out_position[:n]
     out["guess_of"], out["guess"] = -1, step.tok[step.out_row[:n]]
-    if guessed := guesses(step):
+    if len(guessed := guesses(step)):
         out["guess_of"][: len(guessed)] = guessed
     return out
 

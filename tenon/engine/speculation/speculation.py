@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -118,9 +119,9 @@ class Speculation:
         self._n_chosen += 1
         if self._n_chosen % REST_EVERY == 0 and self.policy.weighs:
             return n_nodes
-        for i in np.flatnonzero(chosen.any(1)).tolist():
+        for i, tree in _trees(forest, chosen):
             seq = ask.seqs[i]
-            tree = _tree(forest, i, chosen[i]).without(seq.request.stop_ids)
+            tree = tree.without(seq.request.stop_ids)
             if seq.binding is not None:
                 tree = tree.without(seq.binding.marks)
             if len(tree):
@@ -224,13 +225,21 @@ class Speculation:
             drafter.close()
 
 
-def _tree(forest: Forest, i: int, chosen: np.ndarray) -> Tree:
-    """Row ``i``'s chosen nodes."""
-    columns = np.flatnonzero(chosen).tolist()
-    place = {column: k for k, column in enumerate(columns)}
-    place[-1] = ROOT
-    parents = [place[parent] for parent in forest.parent[i, columns].tolist()]
-    features = zip(
-        *(array[i, columns].tolist() for array in (forest.source, forest.q, forest.rank, forest.f)), strict=True
-    )
-    return Tree(forest.token[i, columns].tolist(), parents, list(features))
+def _trees(forest: Forest, chosen: Bool) -> list[tuple[int, Tree]]:
+    """Rows that have chosen nodes, and these."""
+    C = forest.shape[1]
+    places = np.flatnonzero(chosen)
+    rows = places // C
+    order = np.zeros(chosen.size, np.int64)
+    order[places] = np.arange(len(places))
+    up = forest.parent.ravel()[places]
+    above = np.where(up < 0, ROOT, order[rows * C + up])
+    tokens, parent = forest.token.ravel()[places].tolist(), above.tolist()
+    columns = (array.ravel()[places].tolist() for array in (forest.source, forest.q, forest.rank, forest.f))
+    features = list(zip(*columns, strict=True))
+    starts = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(places)]
+    trees: list[tuple[int, Tree]] = []
+    for start, end in pairwise(starts):
+        parents = [p - start if p >= 0 else ROOT for p in parent[start:end]]
+        trees.append((int(rows[start]), Tree(tokens[start:end], parents, features[start:end])))
+    return trees

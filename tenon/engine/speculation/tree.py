@@ -12,7 +12,7 @@ the same set of children, and is exact by construction).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from tenon.base.errors import IntegrityError
 
@@ -61,9 +61,9 @@ class Tree:
             return self
         return Tree(self.tokens[:n], self.parents[:n], self.features[:n])
 
-    def without(self, tokens: Sequence[int] | frozenset[int] | set[int]) -> Tree:
+    def without(self, tokens: Set[int]) -> Tree:
         """The tree without nodes that have one of ``tokens``, and without what is below them."""
-        if not any(token in tokens for token in self.tokens):
+        if tokens.isdisjoint(self.tokens):
             return self
         place = {ROOT: ROOT}
         for i, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True)):
