@@ -5,7 +5,6 @@ Shapes: T rows, S spans, R outputs.
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -198,7 +197,8 @@ class _Frame:
 
     def grown(self, spans: list[Span]) -> _Frame:
         """This one, a row a sequence, with the trees that ``spans`` have below the rows."""
-        frame = copy(self)
+        frame = object.__new__(_Frame)
+        frame.__dict__.update(self.__dict__)  # a copy; copy.copy takes ten times as long
         frame.has_trees, frame.counts = True, [span.n for span in spans]
         frame.count = np.array(frame.counts, np.int32)
         frame.q_start = _starts(frame.count)
@@ -402,7 +402,7 @@ def _tokens(spans: list[Span]) -> I32:
 def _starts(counts: I32) -> I32:
     """(n + 1,) where each run begins, and at last where all end."""
     starts = np.zeros(len(counts) + 1, np.int32)
-    np.cumsum(counts, out=starts[1:])
+    counts.cumsum(out=starts[1:])
     return starts
 
 

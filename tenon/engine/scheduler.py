@@ -256,8 +256,9 @@ class Scheduler:
             tree = span.seq.tree
             if tree is None:
                 continue
-            seq = span.seq
-            tree = tree.cut(self.tables.room(seq, seq.n_tokens + len(tree)) - seq.n_tokens)
+            seq, end = span.seq, span.seq.n_tokens + len(tree)
+            if end > seq.n_blocks * self.config.block_tokens or seq.may_share:
+                tree = tree.cut(self.tables.room(seq, end) - seq.n_tokens)
             if len(tree):
                 span.tree, span.n = tree, 1 + len(tree)
 

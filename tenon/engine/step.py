@@ -268,8 +268,8 @@ class StepResult:
         return StepResult(
             ids=np.full(R, -1, np.int32),
             logprobs=np.full(R, np.nan, np.float32),
-            top_ids=np.full((R, k), -1, np.int32),
-            top_logprobs=np.full((R, k), np.nan, np.float32),
+            top_ids=np.full((R, k), -1, np.int32) if k else np.empty((R, 0), np.int32),
+            top_logprobs=np.full((R, k), np.nan, np.float32) if k else np.empty((R, 0), np.float32),
             scores=np.full(n_scored, np.nan, np.float32) if n_scored else NO_F32,
             ranks=np.zeros(n_scored, np.int32) if n_scored else NO_I32,
             hidden=np.full((n_hidden, width), np.nan, np.float32),

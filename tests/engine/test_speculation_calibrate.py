@@ -137,6 +137,18 @@ def test_siblings_together_are_less_likely_than_their_parent(drawn_case: tuple) 
 
 
 @settings(max_examples=60)
+@given(seed=st.integers(0, 9999), truth=st.sampled_from(sorted(TRUTHS)), n=st.integers(1, 2000))
+def test_in_c_the_same_is_learned(seed: int, truth: str, n: int) -> None:
+    lib = native.load()
+    assert lib is not None
+    one, other = Calibrator(N_KINDS), QuickCalibrator(N_KINDS, lib)
+    for it in (one, other):
+        taught(it, np.random.default_rng(seed), TRUTHS[truth], n)
+    for mine, theirs in zip(one.weights, other.weights, strict=True):
+        np.testing.assert_allclose(theirs, mine, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=60)
 @given(drawn_case=CASES)
 def test_in_c_the_same_is_judged(drawn_case: tuple) -> None:
     lib = native.load()

@@ -10,6 +10,50 @@ static const double LOW = 1e-3, HIGH = 0.99;
 
 static double clip(double x) { return x < LOW ? LOW : x > HIGH ? HIGH : x; }
 
+static double logit(double q)
+{
+    double x = clip(q);
+    return log(x / (1 - x));
+}
+
+// Of a node whose parent is true.
+static double probability(const weights_t *w, int64_t kind, int64_t warm, int64_t depth, double q, int64_t rank)
+{
+    int64_t of = kind * w->n_warmths + warm;
+    int64_t deep = depth < w->n_depths ? depth : w->n_depths;
+    return clip(1 / (1 + exp(-(w->a[of * w->n_depths + deep - 1] + w->b[of] * logit(q) + (rank ? w->c[of] : 0)))));
+}
+
+static double larger(double a, double b) { return a > b ? a : b; }
+
+// Learn from all of `seen`; `error` has room for as many.
+void tenon_learn(const weights_t *w, const observation_t *seen, int64_t n, double least, double *error)
+{
+    for (int64_t i = 0; i < n; i++) {
+        const observation_t *s = seen + i;
+        int64_t kind = s->kind, warm = s->warm, of = kind * w->n_warmths + warm;
+        int64_t deep = of * w->n_depths + (s->depth < w->n_depths ? s->depth : w->n_depths) - 1;
+        error[i] = probability(w, kind, warm, s->depth, s->q, s->rank) - s->is_true;
+        w->common_seen[warm]++, w->own_seen[of]++, w->deep_seen[deep]++;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const observation_t *s = seen + i;
+        int64_t warm = s->warm, of = (int64_t)s->kind * w->n_warmths + warm;
+        int64_t deep = of * w->n_depths + (s->depth < w->n_depths ? s->depth : w->n_depths) - 1;
+        w->common[warm] -= error[i] * larger(least, 1 / (1 + w->common_seen[warm]));
+        w->own[of] -= error[i] * larger(least, 1 / (1 + w->own_seen[of]));
+        w->deep[deep] -= error[i] * larger(least, 1 / (1 + w->deep_seen[deep]));
+        double step = larger(least / 2, 0.5 / (2 + w->own_seen[of]));
+        w->b[of] -= error[i] * logit(s->q) * step;
+        if (s->rank) w->c[of] -= error[i] * step;
+    }
+    for (int64_t of = 0; of < w->n_kinds * w->n_warmths; of++) {
+        w->b[of] = w->b[of] < 0.05 ? 0.05 : w->b[of] > 4 ? 4 : w->b[of];
+        for (int64_t d = 0; d < w->n_depths; d++)
+            w->a[of * w->n_depths + d] = w->common[of % w->n_warmths] + w->own[of] + w->deep[of * w->n_depths + d];
+    }
+}
+
 // f of every node: the probability of the path down to it.
 void tenon_judge(const forest_t *forest, const int64_t *warm, const weights_t *w)
 {
@@ -25,11 +69,7 @@ void tenon_judge(const forest_t *forest, const int64_t *warm, const weights_t *w
         int branches = 0;
         for (int64_t j = 0; j < room; j++) {
             if (!depth[j]) continue;
-            int64_t kind = source[j] * w->n_warmths + warm[i];
-            int64_t deep = depth[j] < w->n_depths ? depth[j] : w->n_depths;
-            double x = clip(q[j]);
-            double z = w->a[kind * w->n_depths + deep - 1] + w->b[kind] * log(x / (1 - x)) + (rank[j] ? w->c[kind] : 0);
-            p[j] = (float)clip(1 / (1 + exp(-z)));
+            p[j] = (float)probability(w, source[j], warm[i], depth[j], q[j], rank[j]);
             branches |= rank[j] > 0;
         }
         if (branches) {

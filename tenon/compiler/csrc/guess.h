@@ -16,9 +16,16 @@ typedef struct {
 
 // The weights of P(node | parent) = sigmoid(a[depth] + b logit(q) + c [rank > 0]): a is (kinds, warmths, depths).
 typedef struct {
-    const double *a, *b, *c;
-    int64_t n_warmths, n_depths;
+    double *a, *b, *c;
+    double *common, *own, *deep;                 // a's parts: (warmths,), (kinds, warmths), (kinds, warmths, depths),
+    double *common_seen, *own_seen, *deep_seen;  // and how much each has seen
+    int64_t n_kinds, n_warmths, n_depths;
 } weights_t;
+
+// What came of a node whose parent was true, all numbers.
+typedef struct {
+    double kind, warm, depth, q, rank, is_true;
+} observation_t;
 
 // Seconds of steps at so many rows, without and with guesses; by how much the latter have to be better.
 typedef struct {

@@ -37,9 +37,18 @@ class Company:
 
     def __init__(self, seqs: Sequence[Seq], max_depth: int) -> None:
         self.seqs = list(seqs)
-        self.asked = Asked([seq for seq in seqs if seq.request.add.speculate], max_depth)
+        self._willing, self._max_depth = [seq for seq in seqs if seq.request.add.speculate], max_depth
+        self._asked: dict[int, Asked] = {}
+        self.warm = frozenset(warmth(seq.request.add.temperature) for seq in self._willing)
+        """Ranges of temperatures at which guesses are wanted."""
         self.may_keep_trees = any(seq.binding is not None for seq in seqs)
         """Whether a tree may not have been in the last step, for its masks were late."""
+
+    def asked(self, one_in: int = 1) -> Asked:
+        """Those who want trees, or one in so many of them."""
+        if one_in not in self._asked:
+            self._asked[one_in] = Asked(self._willing[::one_in], self._max_depth)
+        return self._asked[one_in]
 
 
 NOBODY: Final = Company((), 0)

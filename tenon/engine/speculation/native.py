@@ -14,7 +14,7 @@ import numpy as np
 
 from tenon.base.errors import ResourceError
 from tenon.compiler import toolchain
-from tenon.engine.policies.calibrate import DEPTHS, Calibrator, Ints
+from tenon.engine.policies.calibrate import LEAST, Calibrator, Ints
 from tenon.engine.policies.forest import Bool, Forest
 from tenon.engine.policies.speculate import Load, Pays
 from tenon.engine.policies.step_time import StepTimes
@@ -39,6 +39,7 @@ class Native:
     follower_guess: Entry
     follower_round: Entry
     judge: Entry
+    learn: Entry
     pays: Entry
 
     def __init__(self) -> None:
@@ -55,6 +56,7 @@ class Native:
             ("follower_guess", (P, P, P, I, D, D, P), N),
             ("follower_round", (P, N, N), N),
             ("judge", (P, P, P), None),
+            ("learn", (P, P, N, D, P), None),
             ("pays", (P, N, N, P), N),
         ):
             function = lib[f"tenon_{name}"]
@@ -84,7 +86,11 @@ class ForestView(ctypes.Structure):
 class Weights(ctypes.Structure):
     """Mirror of weights_t in guess.h; keep the fields in its order."""
 
-    _fields_ = [*((name, c_void_p) for name in "abc"), ("n_warmths", c_int64), ("n_depths", c_int64)]
+    _fields_ = [
+        *((name, c_void_p) for name in "abc"),
+        *((name, c_void_p) for name in ("common", "own", "deep", "common_seen", "own_seen", "deep_seen")),
+        *((name, c_int64) for name in ("n_kinds", "n_warmths", "n_depths")),
+    ]
 
 
 class Choice(ctypes.Structure):
@@ -106,18 +112,23 @@ def view(forest: Forest) -> int:
 
 
 class QuickCalibrator(Calibrator):
-    """``Calibrator`` that judges in C."""
+    """``Calibrator`` that judges and learns in C."""
 
     def __init__(self, n_kinds: int, lib: Native) -> None:
         super().__init__(n_kinds)
-        self._judge = lib.judge
-        a, b, c = self.weights
-        self._struct = Weights(a.ctypes.data, b.ctypes.data, c.ctypes.data, b.shape[1], DEPTHS)
+        self._judge, self._quick_learn = lib.judge, lib.learn
+        arrays = *self.weights, *self._parts, *self._seen_by
+        self._struct = Weights(*(array.ctypes.data for array in arrays), *self._a.shape)
         self.address = ctypes.addressof(self._struct)
 
     def judge(self, forest: Forest, warm_n: Ints) -> None:
         warm_n = np.ascontiguousarray(warm_n, np.int64)
         self._judge(view(forest), warm_n.ctypes.data, self.address)
+
+    def _learn(self) -> None:
+        seen, error = np.array(self._seen, np.float64), np.empty(len(self._seen))
+        self._seen.clear()
+        self._quick_learn(self.address, seen.ctypes.data, len(seen), LEAST, error.ctypes.data)
 
 
 class QuickPays(Pays):

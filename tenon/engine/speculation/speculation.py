@@ -11,7 +11,7 @@ Nothing here touches blocks or samples: trees are handed to the scheduler, and w
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
@@ -21,7 +21,7 @@ import numpy as np
 from tenon.engine.messages import Guesses
 from tenon.engine.policies.calibrate import Calibrator, Observation, warmth
 from tenon.engine.policies.forest import I32, MAX_DEPTH, Bool, Forest, merged
-from tenon.engine.policies.speculate import Load, Speculate
+from tenon.engine.policies.speculate import Load, Speculate, likeliest
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.sequence import Seq
 from tenon.engine.speculation import native
@@ -34,14 +34,15 @@ from tenon.engine.speculation.quick import QuickRound
 from tenon.engine.speculation.tree import ROOT, Tree
 from tenon.engine.step import Step
 
-SELDOM_AFTER: Final = 64
-SELDOM: Final = 4
-"""After so many steps in a row without a guess, one step in so many asks for any."""
+SELDOM: Final = ((256, 16), (64, 4))
+"""After so many steps in a row without a guess, one step in so many asks for any, and of one sequence in so many: what
+the others say is not followed. Whoever decodes at other temperatures than those before ends that."""
 
 _log = logging.getLogger("tenon.engine")
 
 TRY_EVERY: Final = 128
-"""Of steps whose guesses were all refused, one verifies the likeliest all the same, lest a wrong judgement stand ..."""
+"""Of steps whose guesses were all refused, one verifies the likeliest all the same, as many as there are sequences,
+lest a wrong judgement stand ..."""
 REST_EVERY: Final = 64
 """... and of steps that have verified some, one does without: both go for policies that weigh them."""
 
@@ -84,6 +85,8 @@ class Speculation:
         self.rests = False
         """While it is set nothing is guessed."""
         self._company = NOBODY
+        self._warm: Set[int] = frozenset()
+        """Ranges of temperatures that were guessed for last."""
         self._quick = QuickRound.of(drafters, self.calibrator, policy)
         self._n_refused = self._n_chosen = self._n_idle = 0
         models = [drafter for drafter in drafters if isinstance(drafter, DraftModel)]
@@ -92,19 +95,21 @@ class Speculation:
     def draft(self, seqs: Sequence[Seq], most: int) -> int:
         """Give trees to those of ``seqs``, all that decode, that have none: ``most`` nodes at most, those of older
         trees among them. Returns how many nodes there are."""
-        self._n_idle += 1
-        if self._n_idle > SELDOM_AFTER and self._n_idle % SELDOM:
-            return 0
-        if self.rests:
-            return sum(len(seq.tree) for seq in seqs if seq.tree is not None)
-        if self._company.seqs != seqs:
-            self._company = Company(seqs, self.max_depth)
         company, n_nodes = self._company, 0
-        ask = company.asked
+        if company.seqs != seqs:
+            company = self._company = Company(seqs, self.max_depth)
+            if not company.warm <= self._warm:
+                self._n_idle = 0
+            self._warm = company.warm
         if company.may_keep_trees:
             n_nodes = sum(len(seq.tree) for seq in seqs if seq.tree is not None)
-            if n_nodes:
-                ask = Asked([seq for seq in ask.seqs if seq.tree is None], self.max_depth)
+        self._n_idle += 1
+        one_in = next((n for after, n in SELDOM if self._n_idle > after), 1)
+        if self.rests or self._n_idle % one_in:
+            return n_nodes
+        ask = company.asked(one_in)
+        if n_nodes:
+            ask = Asked([seq for seq in ask.seqs if seq.tree is None], self.max_depth)
         if not ask.seqs or most <= n_nodes:
             return n_nodes
         forest, chosen = self._round(ask, Load(len(seqs), most - n_nodes, self.times))
@@ -115,7 +120,7 @@ class Speculation:
             if self._n_refused % TRY_EVERY or not self.policy.weighs:
                 return n_nodes
             chosen = np.zeros(forest.shape, np.bool_)
-            chosen.ravel()[int(np.argmax(forest.f))] = True
+            chosen.ravel()[likeliest(forest.f)[: min(len(seqs), most - n_nodes)]] = True
         self._n_chosen += 1
         if self._n_chosen % REST_EVERY == 0 and self.policy.weighs:
             return n_nodes
