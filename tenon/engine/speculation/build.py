@@ -70,7 +70,7 @@ def build_speculation(
             DraftModel(executor, draft.groups, draft.n_blocks, vocab_size, draft.max_len, plan, draft_times, clock)
         )
     limits = {"max_depth": config.speculative_depth, "max_nodes": config.speculative_nodes}
-    return Speculation(drafters, policy, times, **limits)
+    return Speculation(drafters, policy, times, clock=clock, **limits)
 
 
 def check_vocabulary(target: Path, target_spec: ModelSpec, draft: Path, draft_spec: ModelSpec, name: str) -> None:

@@ -18,7 +18,9 @@ from typing import Final
 
 import numpy as np
 
+from tenon.base.clock import Clock
 from tenon.engine.messages import Guesses
+from tenon.engine.policies.asking import Asking
 from tenon.engine.policies.calibrate import Calibrator, Observation, warmth
 from tenon.engine.policies.forest import I32, MAX_DEPTH, Bool, Forest, merged
 from tenon.engine.policies.speculate import Load, Speculate, likeliest
@@ -33,10 +35,6 @@ from tenon.engine.speculation.native import QuickCalibrator
 from tenon.engine.speculation.quick import QuickRound
 from tenon.engine.speculation.tree import ROOT, Tree
 from tenon.engine.step import Step
-
-SELDOM: Final = ((256, 16), (64, 4))
-"""After so many steps in a row without a guess, one step in so many asks for any, and of one sequence in so many: what
-the others say is not followed. Whoever decodes at other temperatures than those before ends that."""
 
 _log = logging.getLogger("tenon.engine")
 
@@ -62,7 +60,8 @@ class GuessCounts:
 
 
 class Speculation:
-    """Of one engine. ``max_depth`` and ``max_nodes`` bound each tree."""
+    """Of one engine. ``max_depth`` and ``max_nodes`` bound each tree; by ``clock`` it is known what asking for guesses
+    takes: policies that weigh go by that too."""
 
     def __init__(
         self,
@@ -72,6 +71,7 @@ class Speculation:
         *,
         max_depth: int = 8,
         max_nodes: int = 16,
+        clock: Clock | None = None,
     ) -> None:
         self.drafters, self.policy, self.times = tuple(drafters), policy, times
         self.max_depth, self.max_nodes = max_depth, max_nodes
@@ -88,7 +88,8 @@ class Speculation:
         self._warm: Set[int] = frozenset()
         """Ranges of temperatures that were guessed for last."""
         self._quick = QuickRound.of(drafters, self.calibrator, policy)
-        self._n_refused = self._n_chosen = self._n_idle = 0
+        self._n_refused = self._n_chosen = 0
+        self._asking, self._clock = Asking(), clock
         models = [drafter for drafter in drafters if isinstance(drafter, DraftModel)]
         self._model = (models[0], self.kinds.index(models[0].kinds[0])) if models else None
 
@@ -99,41 +100,61 @@ class Speculation:
         if company.seqs != seqs:
             company = self._company = Company(seqs, self.max_depth)
             if not company.warm <= self._warm:
-                self._n_idle = 0
+                self._asking.hope()
             self._warm = company.warm
         if company.may_keep_trees:
             n_nodes = sum(len(seq.tree) for seq in seqs if seq.tree is not None)
-        self._n_idle += 1
-        one_in = next((n for after, n in SELDOM if self._n_idle > after), 1)
-        if self.rests or self._n_idle % one_in:
+        if self.rests or not self._asking.due():
             return n_nodes
-        ask = company.asked(one_in)
+        ask = company.asked(self._asking.one_in)
         if n_nodes:
             ask = Asked([seq for seq in ask.seqs if seq.tree is None], self.max_depth)
         if not ask.seqs or most <= n_nodes:
             return n_nodes
-        forest, chosen = self._round(ask, Load(len(seqs), most - n_nodes, self.times))
+        load = Load(len(seqs), most - n_nodes, self.times)
+        clock = self._clock if self.policy.weighs else None
+        if clock is None:
+            trees = self._trees(ask, load)
+        else:
+            start_s = clock.now_s()
+            trees = self._trees(ask, load)
+            taken_s, plain_s = clock.now_s() - start_s, self.times.plain(load.n)
+            won_s = self._won_s(trees, load.n, plain_s) if trees else 0.0
+            self._asking.tell(won_s, taken_s, len(ask.seqs) / company.n_willing, plain_s)
+        for seq, tree in trees:
+            seq.tree = tree
+            n_nodes += len(tree)
+        return n_nodes
+
+    def _trees(self, ask: Asked, load: Load) -> list[tuple[Seq, Tree]]:
+        """Who gets one."""
+        forest, chosen = self._round(ask, load)
         if forest is None:
-            return n_nodes
+            return []
         if chosen is None or not chosen.any():
             self._n_refused += 1
             if self._n_refused % TRY_EVERY or not self.policy.weighs:
-                return n_nodes
+                return []
             chosen = np.zeros(forest.shape, np.bool_)
-            chosen.ravel()[likeliest(forest.f)[: min(len(seqs), most - n_nodes)]] = True
+            chosen.ravel()[likeliest(forest.f)[: min(load.n, load.most)]] = True
         self._n_chosen += 1
         if self._n_chosen % REST_EVERY == 0 and self.policy.weighs:
-            return n_nodes
+            return []
+        found = []
         for i, tree in _trees(forest, chosen):
             seq = ask.seqs[i]
             tree = tree.without(seq.request.stop_ids)
             if seq.binding is not None:
                 tree = tree.without(seq.binding.marks)
             if len(tree):
-                seq.tree = tree
-                n_nodes += len(tree)
-        self._n_idle = 0
-        return n_nodes
+                found.append((seq, tree))
+        return found
+
+    def _won_s(self, trees: list[tuple[Seq, Tree]], n: int, plain_s: float) -> float:
+        """How much sooner the step is thought to come to as many tokens than plain ones would."""
+        n_nodes = sum(len(tree) for _, tree in trees)
+        gained = sum(f for _, tree in trees for _, _, _, f in tree.features)
+        return (1 + gained / n) * plain_s - float(self.times.guessed(np.array([n + n_nodes]))[0])
 
     def _round(self, ask: Asked, load: Load) -> tuple[Forest | None, Bool | None]:
         """What is guessed, and what of it to verify."""

@@ -1,0 +1,63 @@
+"""``Asking``: whether it pays to ask for guesses at all.
+
+Looking for guesses takes time in every step, whether any is worth verifying or not. What a round of asking everybody
+won, on average, in seconds of the steps that are saved, is compared with what it took. Where it is less, only one round
+in so many is held, over one sequence in so many: what the others say is not followed, which is most of the time that
+asking takes. That is how it is found out when guesses pay again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+from typing import Final
+
+SELDOM: Final = (4, 16)
+"""One round in so many, of one sequence in so many; the second after long without a guess."""
+LONG: Final = 32
+"""Rounds."""
+HOPE: Final = 0.25
+"""What a round is thought to win before anything is known, in steps."""
+RATE: Final = 1 / 32
+"""Of the step of the average to a round's win where all are held ..."""
+SELDOM_RATE: Final = 1 / 8
+"""... and where few are."""
+RECENT: Final = 9
+"""Rounds whose median is what one takes."""
+
+
+class Asking:
+    """Ask ``due`` once a step; where it is, hold a round over one in ``one_in`` sequences, and tell."""
+
+    def __init__(self) -> None:
+        self.one_in = 1
+        self._won_s: float | None = None
+        self._taken: deque[float] = deque(maxlen=RECENT)
+        self._taken_s = 0.0
+        self._n_steps = self._n_vain = 0
+
+    def due(self) -> bool:
+        """Whether there is a round in this step."""
+        self._n_steps += 1
+        return self.one_in == 1 or self._n_steps % self.one_in == 0
+
+    def hope(self) -> None:
+        """Others ask than before."""
+        self.one_in, self._won_s, self._n_vain = 1, None, 0
+
+    def tell(self, won_s: float, taken_s: float, share: float, step_s: float) -> None:
+        """A round over this share of the sequences was held: what it wins, 0 where nothing was worth it, and what it
+        took; a step takes ``step_s``."""
+        held_all = self.one_in == 1
+        if self._won_s is None:
+            self._won_s = HOPE * step_s
+        self._won_s += (won_s / share - self._won_s) * (RATE if held_all else SELDOM_RATE)
+        self._n_vain = 0 if won_s > 0 else self._n_vain + 1
+        if held_all:
+            self._taken.append(taken_s / share)
+            if len(self._taken) > RECENT // 2:  # before that nobody can say which are outliers: prompts are long
+                self._taken_s = median(self._taken)
+        if self._won_s >= self._taken_s:
+            self.one_in = 1
+        else:
+            self.one_in = SELDOM[self._n_vain > LONG]
