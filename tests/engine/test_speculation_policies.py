@@ -111,7 +111,7 @@ def rate(forest: Forest, mask: Bool, load: Load) -> float:
     """Tokens a second that are expected of a step which verifies these nodes."""
     rows = load.n + int(mask.sum())
     gained = load.n + float(forest.f[mask].astype(np.float64).sum())
-    return gained / float(load.seconds.guessed(np.array([rows]))[0])
+    return gained / float(load.seconds.guessed(load.n, np.array([rows]))[0])
 
 
 def all_choices(forest: Forest, load: Load, *, chains: bool) -> list[Bool]:

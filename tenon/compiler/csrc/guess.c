@@ -118,14 +118,16 @@ int64_t tenon_pays(const forest_t *forest, int64_t n_decodes, int64_t most, cons
         if (f[i] > 0) nodes[n++] = (node_t){f[i], (int32_t)i};
     qsort(nodes, n, sizeof(node_t), likelier);
     if (n > most) n = most;
+    const double plain = between(choice->knots, choice->plain, choice->n_knots, n_decodes);
+    const double measured = between(choice->knots, choice->measured, choice->n_knots, n_decodes);
     double gained = n_decodes, best = 0;
     int64_t n_best = 0;
     for (int64_t i = 0; i < n; i++) {
         gained += nodes[i].f;
-        double rate = gained / between(choice->knots, choice->guessed, choice->n_knots, n_decodes + i + 1);
+        double grown = between(choice->knots, choice->measured, choice->n_knots, n_decodes + i + 1) - measured;
+        double rate = gained / (plain + choice->extra[0] + choice->extra[1] * grown);
         if (rate > best) best = rate, n_best = i + 1;
     }
-    const double plain = between(choice->knots, choice->plain, choice->n_knots, n_decodes);
     if (best * plain < n_decodes * (1 + choice->margin)) n_best = 0;
     memset(forest->chosen, 0, n_places);
     for (int64_t i = 0; i < n_best; i++) forest->chosen[nodes[i].place] = 1;

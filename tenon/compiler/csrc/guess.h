@@ -27,9 +27,10 @@ typedef struct {
     double kind, warm, depth, q, rank, is_true;
 } observation_t;
 
-// Seconds of steps at so many rows, without and with guesses; by how much the latter have to be better.
+// Seconds of steps at so many rows without guesses, now and as measured; what guesses add, a fixed part and a slope over
+// what was measured (policies/step_time.py); by how much they have to be better.
 typedef struct {
-    const double *knots, *plain, *guessed;
+    const double *knots, *plain, *measured, *extra;
     int64_t n_knots;
     double margin;
 } choice_t;

@@ -15,6 +15,7 @@ import numpy as np
 
 from tenon.engine.policies.calibrate import WARM
 from tenon.engine.policies.speculate import MARGIN, Seconds
+from tenon.engine.policies.step_time import StepTimes
 
 WIDTHS: Final = (1, 2, 3)
 FIRST: Final = (0.5, 0.3, 0.2)
@@ -54,9 +55,9 @@ class FixedPlan:
 
 
 class DraftPlan:
-    """``seconds`` predict the target's steps, ``draft`` a level of the draft model's by its rows (``guessed``)."""
+    """``seconds`` predict the target's steps, ``draft`` a level of the draft model's by its rows."""
 
-    def __init__(self, seconds: Seconds, draft: Seconds, max_depth: int) -> None:
+    def __init__(self, seconds: Seconds, draft: StepTimes, max_depth: int) -> None:
         self._seconds, self._draft, self._max_depth = seconds, draft, max_depth
         n_warm = len(WARM) + 1
         self._chance = np.tile(np.array(FIRST), (n_warm, 1))
@@ -88,7 +89,9 @@ class DraftPlan:
             gained = n_decodes + n * np.cumsum(hit**depth)
             # The first level computes what is new of each context, later ones the trees so far.
             rows = n * np.where((depth == 1) | (width == 1), 1, 1 + width * (depth - 1))
-            total_s = np.cumsum(self._draft.guessed(rows)) + self._seconds.guessed(n_decodes + n * width * depth)
+            total_s = np.cumsum(self._draft.plain_of(rows)) + self._seconds.guessed(
+                n_decodes, n_decodes + n * width * depth
+            )
             rate = gained / total_s
             at = int(np.argmax(rate))
             if rate[at] > best_rate:

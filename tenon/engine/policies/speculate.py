@@ -43,8 +43,9 @@ class Seconds(Protocol):
         """Of a step that computes the newest token of ``rows`` sequences."""
         ...
 
-    def guessed(self, rows: NDArray[np.int64]) -> F64:
-        """Of steps with guesses that have so many rows in all; never falls."""
+    def guessed(self, n: int, rows: NDArray[np.int64]) -> F64:
+        """Of steps of ``n`` sequences with guesses that have so many rows in all; never falls, and is never less than
+        without guesses."""
         ...
 
 
@@ -189,7 +190,7 @@ class Pays:
         if not len(order):
             return None
         gained = load.n + np.cumsum(f.ravel()[order], dtype=np.float64)
-        rate = gained / load.seconds.guessed(load.n + np.arange(1, len(order) + 1))
+        rate = gained / load.seconds.guessed(load.n, load.n + np.arange(1, len(order) + 1))
         best = int(np.argmax(rate))
         if rate[best] * load.seconds.plain(load.n) < load.n * (1 + self.margin):
             return None

@@ -1,8 +1,14 @@
 """How long an engine's steps take by their rows: measured once at the start, corrected by every step that is run.
 
-What is predicted is the time between two ticks: drafting, scheduling, computing, taking over. Steps that only decode
-and steps with guesses are told apart, for the latter cost the scheduler more. What all steps have in common, a machine
-that is slower for a while, is followed quickly; what a number of rows costs over others slowly.
+What is predicted is the time between two ticks: drafting, scheduling, computing, taking over. Of a step that only
+decodes it is what was measured of so many rows, as observed since; of one with guesses that of the same sequences
+without them, and
+
+    extra = fixed + slope (measured(all rows) - measured(sequences))
+
+whose two numbers are fitted to what was observed: trees cost the scheduler something however small they are. What all
+steps have in common, a machine that is slower for a while, is followed quickly; what a number of rows costs over others
+slowly. A step with guesses is never thought to take less than the one without.
 
 Shapes: K knots.
 """
@@ -36,81 +42,93 @@ class StepTimes:
         rows = np.array(sorted(measured), np.float64)
         seconds = np.maximum.accumulate(np.array([measured[int(r)] for r in rows]))
         self._knots = np.array(KNOTS, np.float64)
-        self._log = np.log(self._knots)
         base = np.interp(self._knots, rows, seconds)
         if len(rows) > 1:  # beyond what was measured the last slope goes on
             slope = max(0.0, (seconds[-1] - seconds[-2]) / (rows[-1] - rows[-2]))
             base = np.where(self._knots > rows[-1], seconds[-1] + slope * (self._knots - rows[-1]), base)
         self._base = base
-        self._kinds = (_Kind(base), _Kind(base))
-        """Of steps without and with guesses."""
+        self._plain = _Plain(base)
+        self._extra = _Extra(base)
         self._speed = 1.0
         """What steps take now over what they took when they were measured."""
-        self._extra_s = 0.0
+        self._after_s = 0.0
         """What a step with guesses makes the next one take longer."""
         self._after: deque[float] = deque(maxlen=RECENT)
-        self._told: list[tuple[int, float, bool]] = []
+        self._told: list[tuple[int, float]] = []
+        self._drifts: list[float] = []
         self._was_guessed = False
 
     def plain(self, rows: int) -> float:
         """See :class:`tenon.engine.policies.speculate.Seconds`."""
-        return float(np.interp(rows, self._knots, self._kinds[0].seconds))
+        return float(np.interp(rows, self._knots, self._plain.seconds))
 
-    def guessed(self, rows: I64) -> F64:
-        return np.interp(rows, self._knots, self._kinds[1].seconds)
+    def plain_of(self, rows: I64) -> F64:
+        """``plain`` of several."""
+        return np.interp(rows, self._knots, self._plain.seconds)
+
+    def guessed(self, n: int, rows: I64) -> F64:
+        fixed, slope = self._extra.now.tolist()
+        measured = np.interp(rows, self._knots, self._base) - float(np.interp(n, self._knots, self._base))
+        return np.asarray(self.plain(n) + fixed + slope * measured)
 
     @property
-    def arrays(self) -> tuple[F64, F64, F64]:
-        """Knots, and seconds without and with guesses: the same arrays as long as it lives."""
-        return self._knots, self._kinds[0].seconds, self._kinds[1].seconds
+    def arrays(self) -> tuple[F64, F64, F64, F64]:
+        """Knots, seconds without guesses, as measured at the start, and the two numbers of ``extra``: the same arrays
+        as long as it lives."""
+        return self._knots, self._plain.seconds, self._base, self._extra.now
 
-    def tell(self, rows: int, seconds: float, *, guessed: bool) -> None:
-        """A step took so long. What one without guesses takes longer after one with them is the latter's cost."""
-        was_guessed, self._was_guessed = self._was_guessed, guessed
-        if was_guessed and not guessed:
-            self._after.append(seconds - self.plain(rows))
+    def tell(self, n: int, rows: int, seconds: float) -> None:
+        """A step of ``n`` sequences and so many rows took so long. What one without guesses takes longer after one with
+        them is the latter's cost."""
+        was_guessed, self._was_guessed = self._was_guessed, rows > n
+        if not (0 < seconds < float("inf") and 0 < n <= rows <= KNOTS[-1]):
             return
-        if guessed and not was_guessed:
-            seconds += self._extra_s  # one that follows its like has the other's cost in it
-        self._told.append((rows, seconds, guessed))
-        if len(self._told) >= EVERY:
+        plain_s = self.plain(n)
+        if rows > n:
+            if not was_guessed:
+                seconds += self._after_s  # one that follows its like has the other's cost in it
+            predicted_s = float(self.guessed(n, np.array([rows]))[0])
+            near_s = min(max(seconds, predicted_s / 2), 2 * predicted_s)
+            grown = float(np.interp(rows, self._knots, self._base) - np.interp(n, self._knots, self._base))
+            self._extra.hear(grown, (near_s - plain_s) / self._speed)
+            self._extra.settle(self._speed)
+            self._drifts.append(seconds / predicted_s)
+        elif was_guessed:
+            self._after.append(seconds - plain_s)
+            return
+        else:
+            self._told.append((rows, seconds))
+            self._drifts.append(seconds / plain_s)
+        if len(self._drifts) >= EVERY:
             self._settle()
 
     def _settle(self) -> None:
-        told = [(r, s, g) for r, s, g in self._told if 0 < s < float("inf") and 0 < r <= KNOTS[-1]]
-        self._told.clear()
-        if not told:
-            return
-        predicted = [float(np.interp(r, self._knots, self._kinds[g].seconds)) for r, _, g in told]
-        drift = float(np.median([s / p for (_, s, _), p in zip(told, predicted, strict=True)]))
-        self._speed *= drift**RATE
-        for rows, seconds, guessed in told:
+        self._speed *= float(np.median(self._drifts)) ** RATE
+        self._drifts.clear()
+        for rows, seconds in self._told:
             # The nearer knot hears of it, scaled to its own rows.
             k = bisect_left(KNOTS, rows)
             if k and rows - KNOTS[k - 1] < KNOTS[k] - rows:
                 k -= 1
-            own = seconds - self._extra_s * guessed
-            self._kinds[guessed].hear(k, own / (self._speed * float(np.interp(rows, self._knots, self._base))))
+            self._plain.hear(k, seconds / (self._speed * float(np.interp(rows, self._knots, self._base))))
+        self._told.clear()
         if self._after:
-            self._extra_s += RATE * (max(0.0, float(np.median(self._after))) - self._extra_s)
-        ratios = [kind.ratios(self._log) for kind in self._kinds]
-        for i, kind in enumerate(self._kinds):
-            ratio_K = ratios[i] if ratios[i] is not None else ratios[1 - i]
-            if ratio_K is not None:
-                np.maximum.accumulate(self._speed * self._base * ratio_K, out=kind.seconds)
-        self._kinds[1].seconds += self._extra_s
+            self._after_s += RATE * (max(0.0, float(np.median(self._after))) - self._after_s)
+        self._speed *= self._plain.in_common()
+        self._plain.settle(self._speed)
+        self._extra.settle(self._speed)
 
-    def table(self) -> list[tuple[int, float, float, float]]:
-        """Rows; seconds as measured at the start, and as they are now without and with guesses."""
-        plain, guessed = (kind.seconds.tolist() for kind in self._kinds)
-        return list(zip(KNOTS, self._base.tolist(), plain, guessed, strict=True))
+    def table(self) -> list[tuple[int, float, float]]:
+        """Rows; seconds as measured at the start, and as they are now without guesses."""
+        return list(zip(KNOTS, self._base.tolist(), self._plain.seconds.tolist(), strict=True))
 
 
-class _Kind:
-    """Of one kind of steps: what they take over what is expected of so many rows, at each knot that was seen."""
+class _Plain:
+    """Steps without guesses: what they take over what is expected of so many rows, at each knot that was seen."""
 
     def __init__(self, base: F64) -> None:
         self.seconds = base.copy()
+        self._base, self._log = base, np.log(np.array(KNOTS, np.float64))
         self._recent: list[deque[float]] = [deque(maxlen=RECENT) for _ in KNOTS]
         self._ratio = np.full(len(KNOTS), np.nan)
         self._new: set[int] = set()
@@ -119,8 +137,9 @@ class _Kind:
         self._recent[k].append(ratio)
         self._new.add(k)
 
-    def ratios(self, log_K: F64) -> F64 | None:
-        """Of all knots, between those that were seen; None where none was."""
+    def in_common(self) -> float:
+        """Take over what was heard. Returns what all ratios have in common, which they are without from now on: it is
+        the machine's, and so holds of what was not seen too."""
         for k in self._new:
             if len(self._recent[k]) <= RECENT // 2:  # of two, nobody can say which is the outlier
                 continue
@@ -128,4 +147,55 @@ class _Kind:
             self._ratio[k] = ratio if np.isnan(known) else known + RATE * (ratio - known)
         self._new.clear()
         seen = ~np.isnan(self._ratio)
-        return np.interp(log_K, log_K[seen], self._ratio[seen]) if seen.any() else None
+        if not seen.any():
+            return 1.0
+        common = float(np.exp(np.log(self._ratio[seen]).mean()))
+        self._ratio /= common
+        for recent in self._recent:
+            for _ in range(len(recent)):
+                recent.append(recent.popleft() / common)
+        return common
+
+    def settle(self, speed: float) -> None:
+        """Predict from now on by what was taken over, at this speed."""
+        seen = ~np.isnan(self._ratio)
+        ratio_K = np.interp(self._log, self._log[seen], self._ratio[seen]) if seen.any() else 1.0
+        np.maximum.accumulate(speed * self._base * ratio_K, out=self.seconds)
+
+
+class _Extra:
+    """What guesses add to a step, fitted by least squares over what was observed, the older the less."""
+
+    MEMORY: Final = 0.98
+    """What is left of an observation's weight after one more."""
+    FIRST: Final = 0.25
+    MOST_FIRST_S: Final = 0.5e-3
+    """Before anything is observed the fixed part is so much of the shortest step, and at most so long."""
+    PRIOR: Final = 2.0
+    """Observations that what is thought at first weighs as much as."""
+    LEAST_SLOPE: Final = 0.1
+
+    def __init__(self, base: F64) -> None:
+        self._first_s = min(self.FIRST * float(base[0]), self.MOST_FIRST_S)
+        self._unit_s = max(float(base[5] - base[0]), 0.01 * float(base[0]))
+        """What rows are counted in: seven more than one."""
+        self._sums = [0.0] * 5
+        """Of weights: 1, x, x x, y, x y."""
+        self.now = np.array([self._first_s, 1.0])
+        """The fixed part, in seconds, and the slope."""
+
+    def hear(self, grown_s: float, extra_s: float) -> None:
+        """Both in seconds at the speed of the start."""
+        x = grown_s / self._unit_s
+        for i, term in enumerate((1.0, x, x * x, extra_s, x * extra_s)):
+            self._sums[i] = self.MEMORY * self._sums[i] + term
+
+    def settle(self, speed: float) -> None:
+        n, x, xx, y, xy = self._sums
+        n, xx = n + self.PRIOR, xx + self.PRIOR
+        y, xy = y + self.PRIOR * self._first_s, xy + self.PRIOR * self._unit_s
+        slope = max((n * xy - x * y) / (n * xx - x * x), self.LEAST_SLOPE * self._unit_s)
+        fixed = (y - slope * x) / n
+        if fixed < 0:
+            fixed, slope = 0.0, max(xy / xx, self.LEAST_SLOPE * self._unit_s)
+        self.now[:] = speed * fixed, speed * slope / self._unit_s

@@ -150,7 +150,7 @@ class DraftModel:
     def _tell(self, begin_s: float) -> float:
         """A level has taken the time since then, all that belongs to it included; returns what time it is."""
         end_s = self._clock.now_s()
-        self.times.tell(self._n_rows, end_s - begin_s, guessed=True)
+        self.times.tell(self._n_rows, self._n_rows, end_s - begin_s)
         return end_s
 
     # -- one round ------------------------------------------------------------------------------------------

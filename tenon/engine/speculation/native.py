@@ -97,7 +97,7 @@ class Choice(ctypes.Structure):
     """Mirror of choice_t in guess.h; keep the fields in its order."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("knots", "plain", "guessed")),
+        *((name, c_void_p) for name in ("knots", "plain", "measured", "extra")),
         ("n_knots", c_int64),
         ("margin", c_double),
     ]
@@ -137,8 +137,8 @@ class QuickPays(Pays):
     def __init__(self, lib: Native, times: StepTimes) -> None:
         super().__init__()
         self._pays, self._times = lib.pays, times
-        knots, plain, guessed = times.arrays
-        self._struct = Choice(knots.ctypes.data, plain.ctypes.data, guessed.ctypes.data, len(knots), self.margin)
+        arrays = times.arrays
+        self._struct = Choice(*(array.ctypes.data for array in arrays), len(arrays[0]), self.margin)
         self.address = ctypes.addressof(self._struct)
 
     def choose(self, forest: Forest, load: Load) -> Bool | None:

@@ -154,7 +154,7 @@ class Speculation:
         """How much sooner the step is thought to come to as many tokens than plain ones would."""
         n_nodes = sum(len(tree) for _, tree in trees)
         gained = sum(f for _, tree in trees for _, _, _, f in tree.features)
-        return (1 + gained / n) * plain_s - float(self.times.guessed(np.array([n + n_nodes]))[0])
+        return (1 + gained / n) * plain_s - float(self.times.guessed(n, np.array([n + n_nodes]))[0])
 
     def _round(self, ask: Asked, load: Load) -> tuple[Forest | None, Bool | None]:
         """What is guessed, and what of it to verify."""
@@ -227,7 +227,7 @@ class Speculation:
 
     def measured(self, step: Step, seconds: float) -> None:
         """The step took so long, from tick to tick; all its sequences decode."""
-        self.times.tell(step.n_rows, seconds, guessed=step.n_rows > len(step.seq))
+        self.times.tell(len(step.seq), step.n_rows, seconds)
 
     def forget(self, seq: Seq) -> None:
         """It has ended."""
