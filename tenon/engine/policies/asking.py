@@ -34,12 +34,12 @@ class Asking:
         self._won_s: float | None = None
         self._taken: deque[float] = deque(maxlen=RECENT)
         self._taken_s = 0.0
-        self._n_steps = self._n_vain = 0
+        self.n_steps = self._n_vain = 0
 
     def due(self) -> bool:
         """Whether there is a round in this step."""
-        self._n_steps += 1
-        return self.one_in == 1 or self._n_steps % self.one_in == 0
+        self.n_steps += 1
+        return self.one_in == 1 or self.n_steps % self.one_in == 0
 
     def hope(self) -> None:
         """Others ask than before."""

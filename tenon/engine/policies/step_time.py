@@ -104,6 +104,7 @@ class StepTimes:
 
     def _settle(self) -> None:
         self._speed *= float(np.median(self._drifts)) ** RATE
+        self._extra.forget(len(self._drifts))
         self._drifts.clear()
         for rows, seconds in self._told:
             # The nearer knot hears of it, scaled to its own rows.
@@ -166,8 +167,9 @@ class _Plain:
 class _Extra:
     """What guesses add to a step, fitted by least squares over what was observed, the older the less."""
 
-    MEMORY: Final = 0.98
-    """What is left of an observation's weight after one more."""
+    MEMORY: Final = 0.995
+    """What is left of an observation's weight after one more step of any kind: where guesses are not worth it for long,
+    it is forgotten how dear they were, and they are tried again."""
     FIRST: Final = 0.25
     MOST_FIRST_S: Final = 0.5e-3
     """Before anything is observed the fixed part is so much of the shortest step, and at most so long."""
@@ -188,7 +190,12 @@ class _Extra:
         """Both in seconds at the speed of the start."""
         x = grown_s / self._unit_s
         for i, term in enumerate((1.0, x, x * x, extra_s, x * extra_s)):
-            self._sums[i] = self.MEMORY * self._sums[i] + term
+            self._sums[i] += term
+
+    def forget(self, n_steps: int) -> None:
+        """So many steps have passed."""
+        left = self.MEMORY**n_steps
+        self._sums = [left * term for term in self._sums]
 
     def settle(self, speed: float) -> None:
         n, x, xx, y, xy = self._sums

@@ -38,11 +38,13 @@ from tenon.engine.step import Step
 
 _log = logging.getLogger("tenon.engine")
 
-TRY_EVERY: Final = 128
-"""Of steps whose guesses were all refused, one verifies the likeliest all the same, as many as there are sequences,
-lest a wrong judgement stand ..."""
+TRY_SHARE: Final = 0.005
+"""Of the time that steps take, what may be spent on verifying the likeliest of what was refused, lest a wrong judgement
+stand ..."""
+TRY_NODES: Final = 4
+"""... and how many at least are verified then ..."""
 REST_EVERY: Final = 64
-"""... and of steps that have verified some, one does without: both go for policies that weigh them."""
+"""... and of steps that have verified some, two in a row do without: all this goes for policies that weigh."""
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Speculation:
         self._warm: Set[int] = frozenset()
         """Ranges of temperatures that were guessed for last."""
         self._quick = QuickRound.of(drafters, self.calibrator, policy)
-        self._n_refused = self._n_chosen = 0
+        self._n_chosen = self._tried_at = 0
         self._asking, self._clock = Asking(), clock
         models = [drafter for drafter in drafters if isinstance(drafter, DraftModel)]
         self._model = (models[0], self.kinds.index(models[0].kinds[0])) if models else None
@@ -112,14 +114,11 @@ class Speculation:
         if not ask.seqs or most <= n_nodes:
             return n_nodes
         load = Load(len(seqs), most - n_nodes, self.times)
-        clock = self._clock if self.policy.weighs else None
-        if clock is None:
-            trees = self._trees(ask, load)
-        else:
-            start_s = clock.now_s()
-            trees = self._trees(ask, load)
-            taken_s, plain_s = clock.now_s() - start_s, self.times.plain(load.n)
-            won_s = self._won_s(trees, load.n, plain_s) if trees else 0.0
+        start_s = 0.0 if self._clock is None else self._clock.now_s()
+        trees = self._trees(ask, load)
+        if self._clock is not None and self.policy.weighs:
+            taken_s, plain_s = self._clock.now_s() - start_s, self.times.plain(load.n)
+            won_s = self._won_s(trees, load.n) if trees else 0.0
             self._asking.tell(won_s, taken_s, len(ask.seqs) / company.n_willing, plain_s)
         for seq, tree in trees:
             seq.tree = tree
@@ -132,14 +131,13 @@ class Speculation:
         if forest is None:
             return []
         if chosen is None or not chosen.any():
-            self._n_refused += 1
-            if self._n_refused % TRY_EVERY or not self.policy.weighs:
+            chosen = self._tried(forest, load) if self.policy.weighs else None
+            if chosen is None:
                 return []
-            chosen = np.zeros(forest.shape, np.bool_)
-            chosen.ravel()[likeliest(forest.f)[: min(load.n, load.most)]] = True
-        self._n_chosen += 1
-        if self._n_chosen % REST_EVERY == 0 and self.policy.weighs:
-            return []
+        elif self.policy.weighs:
+            self._n_chosen += 1
+            if self._n_chosen % REST_EVERY < 2:
+                return []
         found = []
         for i, tree in _trees(forest, chosen):
             seq = ask.seqs[i]
@@ -150,11 +148,26 @@ class Speculation:
                 found.append((seq, tree))
         return found
 
-    def _won_s(self, trees: list[tuple[Seq, Tree]], n: int, plain_s: float) -> float:
-        """How much sooner the step is thought to come to as many tokens than plain ones would."""
+    def _tried(self, forest: Forest, load: Load) -> Bool | None:
+        """The likeliest nodes, where it is time to see whether it is right to refuse them."""
+        places = likeliest(forest.f)[: min(max(load.n, TRY_NODES), load.most)]
+        if not len(places):
+            return None
+        plain_s = self.times.plain(load.n)
+        costs_s = float(self.times.guessed(load.n, np.array([load.n + len(places)]))[0]) - plain_s
+        if self._asking.n_steps - self._tried_at < costs_s / (TRY_SHARE * plain_s):
+            return None
+        self._tried_at = self._asking.n_steps
+        chosen = np.zeros(forest.shape, np.bool_)
+        chosen.ravel()[places] = True
+        return chosen
+
+    def _won_s(self, trees: list[tuple[Seq, Tree]], n: int) -> float:
+        """How much sooner the step is thought to come to as many tokens than plain ones would; 0 where later."""
         n_nodes = sum(len(tree) for _, tree in trees)
         gained = sum(f for _, tree in trees for _, _, _, f in tree.features)
-        return (1 + gained / n) * plain_s - float(self.times.guessed(n, np.array([n + n_nodes]))[0])
+        costs_s = float(self.times.guessed(n, np.array([n + n_nodes]))[0])
+        return max(0.0, (1 + gained / n) * self.times.plain(n) - costs_s)
 
     def _round(self, ask: Asked, load: Load) -> tuple[Forest | None, Bool | None]:
         """What is guessed, and what of it to verify."""
