@@ -198,7 +198,8 @@ class Scheduler:
                 self.tells_time = False
                 return self._assembled(self.tables.take_moves())
             self.counters.steps += 1
-            self.tells_time = self.counters.steps % LANE_TELLS == 0
+            tells = self.speculation is not None and self.speculation.looks
+            self.tells_time = tells or self.counters.steps % LANE_TELLS == 0
             return self._assembler.further(self.counters.steps, self.weights_version, *lane.rows)
         self.leave_lane()
         self.pending.begin_step()
@@ -248,7 +249,8 @@ class Scheduler:
         n_others = len(self.running) - len(decodes) + len(self.waiting)
         # Whatever is guessed, one row is left for a prompt.
         most = self.config.max_step_tokens - len(decodes) - bool(n_others)
-        return speculation.draft(decodes, most)
+        # A tree may not have been in the last step where its masks were late.
+        return speculation.draft(decodes, most, may_have=self._n_bound > 0)
 
     def _grow_trees(self) -> None:
         """The trees of the step's sequences, as far as there are blocks for them: nobody gives way for a guess."""

@@ -18,9 +18,9 @@ LONG: Final = 32
 """Rounds."""
 HOPE: Final = 0.25
 """What a round is thought to win before anything is known, in steps."""
-RATE: Final = 1 / 32
+RATE: Final = 1 / 128
 """Of the step of the average to a round's win where all are held ..."""
-SELDOM_RATE: Final = 1 / 8
+SELDOM_RATE: Final = 1 / 16
 """... and where few are."""
 RECENT: Final = 9
 """Rounds whose median is what one takes."""

@@ -42,8 +42,6 @@ class Company:
         self.warm = frozenset(warmth(seq.request.add.temperature) for seq in self._willing)
         """Ranges of temperatures at which guesses are wanted."""
         self.n_willing = len(self._willing)
-        self.may_keep_trees = any(seq.binding is not None for seq in seqs)
-        """Whether a tree may not have been in the last step, for its masks were late."""
 
     def asked(self, one_in: int = 1) -> Asked:
         """Those who want trees, or one in so many of them."""

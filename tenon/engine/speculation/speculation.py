@@ -95,19 +95,23 @@ class Speculation:
         models = [drafter for drafter in drafters if isinstance(drafter, DraftModel)]
         self._model = (models[0], self.kinds.index(models[0].kinds[0])) if models else None
 
-    def draft(self, seqs: Sequence[Seq], most: int) -> int:
+    @property
+    def looks(self) -> bool:
+        """Whether every step asks for guesses, as long as that pays."""
+        return self._asking.one_in == 1
+
+    def draft(self, seqs: Sequence[Seq], most: int, *, may_have: bool) -> int:
         """Give trees to those of ``seqs``, all that decode, that have none: ``most`` nodes at most, those of older
-        trees among them. Returns how many nodes there are."""
-        company, n_nodes = self._company, 0
+        trees among them, if there may be any. Returns how many nodes there are."""
+        n_nodes = sum(len(seq.tree) for seq in seqs if seq.tree is not None) if may_have else 0
+        if self.rests or not self._asking.due():
+            return n_nodes
+        company = self._company
         if company.seqs != seqs:
             company = self._company = Company(seqs, self.max_depth)
             if not company.warm <= self._warm:
                 self._asking.hope()
             self._warm = company.warm
-        if company.may_keep_trees:
-            n_nodes = sum(len(seq.tree) for seq in seqs if seq.tree is not None)
-        if self.rests or not self._asking.due():
-            return n_nodes
         ask = company.asked(self._asking.one_in)
         if n_nodes:
             ask = Asked([seq for seq in ask.seqs if seq.tree is None], self.max_depth)
