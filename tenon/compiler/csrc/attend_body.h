@@ -8,16 +8,22 @@
 // neither on its neighbours nor on how the context was cut into chunks.
 // Each K and V byte of a tile is read from memory once for all rows and heads of an item.
 
-static void NAME(write_kv)(const attend_step *a, int64_t row, const SCALAR *k, const SCALAR *v, SCALAR *kc, SCALAR *vc) {
-    const int64_t G = a->n_kv_heads, D = a->head_dim, B = a->block_tokens, N = a->n_blocks;
-    const int64_t block = a->slot[row] / B, off = a->slot[row] % B;
-    for (int64_t g = 0; g < G; g++) {
-        const SCALAR *ks = k + (row * G + g) * D, *vs = v + (row * G + g) * D;
-        SCALAR *kd = kc + (g * N + block) * D * B + off * GROUP;
-        for (int64_t d = 0; d < D; d += GROUP) memcpy(kd + d * B, ks + d, GROUP * sizeof(SCALAR));
-        SCALAR *vd = vc + ((g * N + block) * B + off / GROUP * GROUP) * D + off % GROUP;
-        for (int64_t d = 0; d < D; d++) vd[d * GROUP] = vs[d];
-    }
+static void NAME(put)(
+    const attend_step *a, int64_t g, int64_t slot, const SCALAR *k, const SCALAR *v, SCALAR *kc, SCALAR *vc) {
+    const int64_t D = a->head_dim, B = a->block_tokens, N = a->n_blocks, block = slot / B, off = slot % B;
+    kc += (g * N + block) * D * B + off * GROUP;
+    for (int64_t d = 0; d < D; d += GROUP) memcpy(kc + d * B, k + d, GROUP * sizeof(SCALAR));
+    vc += ((g * N + block) * B + off / GROUP * GROUP) * D + off % GROUP;
+    for (int64_t d = 0; d < D; d++) vc[d * GROUP] = v[d];
+}
+
+static void NAME(get)(
+    const attend_step *a, int64_t g, int64_t slot, const SCALAR *kc, const SCALAR *vc, SCALAR *k, SCALAR *v) {
+    const int64_t D = a->head_dim, B = a->block_tokens, N = a->n_blocks, block = slot / B, off = slot % B;
+    kc += (g * N + block) * D * B + off * GROUP;
+    for (int64_t d = 0; d < D; d += GROUP) memcpy(k + d, kc + d * B, GROUP * sizeof(SCALAR));
+    vc += ((g * N + block) * B + off / GROUP * GROUP) * D + off % GROUP;
+    for (int64_t d = 0; d < D; d++) v[d] = vc[d * GROUP];
 }
 
 // What an item reads of one K/V head: positions up to `base` through its span's table, further ones in the slots of a
@@ -309,13 +315,43 @@ int NAME(tenon_attend)(
             failed = 1;
         }
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < a->n_rows; row++) NAME(write_kv)(a, row, k, v, kc, vc);
+        for (int64_t row = 0; row < a->n_rows; row++)
+            for (int64_t g = 0; g < G; g++)
+                NAME(put)(a, g, a->slot[row], k + (row * G + g) * D, v + (row * G + g) * D, kc, vc);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < a->n_items * G; i++) {
             if (!scratch) continue;
             NAME(item)(a, i / G, i % G, scale, q, kc, vc, out, scratch, depth);
         }
         free(scratch);
+    }
+    return failed ? -1 : 0;
+}
+
+// Copies K and V from each move's first slot to its second in these layers; all are read before any is written. Returns
+// 0, or -1 when memory for scratch is not to be had: then nothing was moved.
+int NAME(tenon_move)(
+    const attend_step *a, int64_t n, const int32_t *moves, int64_t n_layers, SCALAR *const *kc, SCALAR *const *vc) {
+    const int64_t G = a->n_kv_heads, D = a->head_dim;
+    int failed = 0;
+#pragma omp parallel
+    {
+        SCALAR *kv = malloc(2 * n * D * sizeof(SCALAR));
+        if (!kv) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n_layers * G; i++) {
+            if (failed) continue;
+            SCALAR *k = kc[i / G], *v = vc[i / G];
+            for (int64_t j = 0; j < n; j++)
+                NAME(get)(a, i % G, moves[2 * j], k, v, kv + 2 * j * D, kv + (2 * j + 1) * D);
+            for (int64_t j = 0; j < n; j++)
+                NAME(put)(a, i % G, moves[2 * j + 1], kv + 2 * j * D, kv + (2 * j + 1) * D, k, v);
+        }
+        free(kv);
     }
     return failed ? -1 : 0;
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from ctypes import c_void_p
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tenon.base.errors import ConfigError, IntegrityError
+from tenon.base.errors import ConfigError, IntegrityError, ResourceError
 from tenon.engine.executors.memory import zeros
 from tenon.engine.executors.native import AttendStep, Native
 from tenon.engine.step import I32, GroupStep, Step
@@ -216,7 +217,7 @@ class NativeAttention:
     plans: ctypes.Array[AttendStep]
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, native: Native) -> None:
-        self._spec, self._dtype, self._group = spec, dtype, native.group[dtype]
+        self._spec, self._dtype, self._native, self._group = spec, dtype, native, native.group[dtype]
 
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
         """Zeroed cache memory. Raises ``ResourceError``, and ``ConfigError`` where blocks would split a group of P."""
@@ -233,6 +234,13 @@ class NativeAttention:
         self._n_blocks = n_blocks
         self.layers = _allocate(groups, shapes, torch.empty(0, dtype=self._dtype))
         self._windows = [group.window or 0 for group in groups]
+        self._places = [self._pointers(index) for index in range(len(groups))]
+
+    def _pointers(self, group: int) -> tuple[int, ctypes.Array[c_void_p], ctypes.Array[c_void_p]]:
+        """How many layers the group has, and where their K and V lie."""
+        caches = [layer for layer in self.layers if layer.group == group]
+        array = c_void_p * len(caches)
+        return len(caches), array(*(c.k.data_ptr() for c in caches)), array(*(c.v.data_ptr() for c in caches))
 
     def begin(self, step: Step) -> None:
         """Take over a step's arrays and carry out its moves; valid until the next ``begin``."""
@@ -243,17 +251,12 @@ class NativeAttention:
         windows = zip(step.groups, self._windows, strict=True)
         plans = [self._plan(step, items, group, window) for group, window in windows]
         self.plans = (AttendStep * len(plans))(*plans)
-        for layer in self.layers:
-            moves = step.groups[layer.group].moves
-            if len(moves):
-                source, target = (
-                    torch.from_numpy(moves[:, 0].astype(np.int64)),
-                    torch.from_numpy(moves[:, 1].astype(np.int64)),
-                )
-                (sb, so), (tb, to) = ((x // self._size, x % self._size) for x in (source, target))
-                layer.k[:, tb, :, to] = layer.k[:, sb, :, so]
-                (sp, sr), (tp, tr) = ((x // layer.v.shape[-1], x % layer.v.shape[-1]) for x in (so, to))
-                layer.v[:, tb, tp, :, tr] = layer.v[:, sb, sp, :, sr]
+        for plan, group, places in zip(self.plans, step.groups, self._places, strict=True):
+            n = len(group.moves)
+            if n:
+                moves = np.ascontiguousarray(group.moves, np.int32)
+                if self._native.move[self._dtype](ctypes.byref(plan), n, moves.ctypes.data, *places):
+                    raise ResourceError(f"no memory for the scratch of {n} moves")
 
     def _plan(self, step: Step, items: tuple[I32, I32, I32], group: GroupStep, window: int) -> AttendStep:
         span, row, n = items
