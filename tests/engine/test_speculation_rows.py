@@ -52,23 +52,27 @@ def roots_of(made: Step) -> list[int]:
 
 
 def items_of(made: Step) -> list[tuple[int, int, int]]:
-    """Span, first row and number of rows: each row of a tree alone, others as far as they follow one another."""
+    """Span, first row and number of rows: runs of positions as far as they follow one another, and trees with the root
+    that stands before them, as far as they are of one root's position."""
     most = FEW_ITEM_ROWS if made.n_rows <= FEW_ROWS else ITEM_ROWS
-    items: list[tuple[int, int, int]] = []
+    base, items = roots_of(made), []
     for span, (start, end) in enumerate(itertools.pairwise(made.q_start.tolist())):
-        goes_on = False
+        in_tree = [bool(parent >= 0) for parent in made.parent[start:end]]
+        for i in range(end - start - 1):
+            in_tree[i] |= in_tree[i + 1] and base[start + i] == base[start + i + 1]
+        runs: list[list[int]] = []
         for row in range(start, end):
-            in_tree = bool(made.parent[row] >= 0)
-            if goes_on and not in_tree and items[-1][2] < most:
-                items[-1] = (span, items[-1][1], items[-1][2] + 1)
+            goes_on = row > start and in_tree[row - start] == in_tree[row - start - 1]
+            if goes_on and (not in_tree[row - start] or base[row] == base[row - 1]):
+                runs[-1].append(row)
             else:
-                items.append((span, row, 1))
-            goes_on = not in_tree
+                runs.append([row])
+        items += [(span, run[at], len(run[at : at + most])) for run in runs for at in range(0, len(run), most)]
     return items
 
 
 def cut_of(made: Step) -> list[tuple[int, int, int]]:
-    return list(zip(*(each.tolist() for each in cut(made)), strict=True))
+    return list(zip(*(each.tolist() for each in cut(made, roots(made))), strict=True))
 
 
 @settings(max_examples=150)
@@ -85,8 +89,18 @@ def test_small_and_large_steps_are_cut_alike(n: int) -> None:
     tree = random_tree(np.random.default_rng(n), n, 9)
     pos, parent = [7, *(7 + depth for depth in tree.depths)], [-1, *(above + 1 for above in tree.parents)]
     made = step([Run(0, [1] * len(pos), pos, [[1, 2, 3]], parent=parent, slots=[[0] * len(pos)])])
+    most = FEW_ITEM_ROWS if n < FEW_ROWS else ITEM_ROWS
     assert roots(made).tolist() == [7] * (n + 1)
-    assert cut_of(made) == items_of(made) == [(0, row, 1) for row in range(n + 1)]
+    assert cut_of(made) == items_of(made) == [(0, at, min(most, n + 1 - at)) for at in range(0, n + 1, most)]
+
+
+@pytest.mark.parametrize("n", [4, 6])
+def test_trees_of_two_roots_share_no_piece(n: int) -> None:
+    """Those of one do, whatever stands between its rows."""
+    pos, parent = [3, 4, 4, 5, 5, 6][:n], [-1, -1, 0, 2, 1, 4][:n]
+    made = step([Run(0, [1] * n, pos, [[1]], parent=parent, slots=[[0] * n])])
+    assert roots(made).tolist() == roots_of(made) == [3, 4, 3, 3, 4, 4][:n]
+    assert cut_of(made) == items_of(made) == [(0, row, 2) for row in range(0, n, 2)]
 
 
 @pytest.mark.parametrize(("parent", "pos"), [(2, 5), (3, 5), (1, 4), (1, 6), (0, 5)])

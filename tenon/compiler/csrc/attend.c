@@ -20,7 +20,11 @@
 #define HALVES_2 HALF(0) HALF(1)
 #define HALVES_4 HALVES_2 HALF(2) HALF(3)
 
-enum { MAX_DEPTH = 4096, TILE = 64, PARTS = TILE / LANES };
+enum { TILE = 64, PARTS = TILE / LANES };
+enum { KEYS = 1, VALUES = 2 };
+
+// Parts of a tile that hold positions up to its `last`.
+static inline int64_t parts_to(int64_t last) { return last < 0 ? 0 : last >= TILE ? PARTS : last / LANES + 1; }
 
 // 2^LOG_WIDE vectors are summed against so many queries at once: what fits into 32 registers, or into 16.
 #if FEW_REGISTERS

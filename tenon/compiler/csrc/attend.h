@@ -14,7 +14,7 @@ typedef struct {
     const int32_t *slot;         // [T] where the row's K and V are written
     const int32_t *table;        // block of each position block, CSR over spans
     const int32_t *item_row;     // [n_items] first row
-    const int32_t *item_n;       // [n_items] rows: consecutive chain rows of one span, or one tree row
+    const int32_t *item_n;       // [n_items] rows: consecutive ones of one span; rows of trees have its largest base
     const int32_t *item_table;   // [n_items] start of the span's table
 } attend_step;
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from ctypes import c_void_p
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tenon.base.errors import ConfigError, IntegrityError
+from tenon.base.errors import ConfigError, IntegrityError, ResourceError
 from tenon.engine.executors.memory import zeros
 from tenon.engine.executors.native import AttendStep, Native
 from tenon.engine.step import I32, GroupStep, Step
 from tenon.models.spec import KVGroup, ModelSpec
 
 MAX_DEPTH = 4096
-"""Of a tree below its root; the same number stands in attend.c."""
+"""Of a tree below its root: the C kernel keeps paths of this length for each row of an item."""
 ITEM_ROWS = 16
 """Rows of one span that the C kernel takes through a tile of keys together."""
 FEW_ROWS, FEW_ITEM_ROWS = 64, 4
@@ -41,31 +42,40 @@ def roots(step: Step) -> I32:
     wrong = (parent >= in_tree) | (step.pos[in_tree] != step.pos[parent] + 1)
     if wrong.any():
         raise IntegrityError(f"tree row {in_tree[wrong][0]} must follow its parent, one position further")
-    up = step.parent.copy()
-    up[up < 0] = np.flatnonzero(up < 0)  # a root is its own parent
-    while not np.array_equal(further := up[up], up):
-        up = further
+    # Mostly a tree stands right behind its root: the last chain row before it, if all parents have the same one.
+    up = np.maximum.accumulate(np.where(step.parent < 0, np.arange(step.n_rows), 0))
+    if not np.array_equal(up[in_tree], up[parent]):
+        up = np.where(step.parent < 0, np.arange(step.n_rows), step.parent)
+        while not np.array_equal(further := up[up], up):
+            up = further
     base[in_tree] = step.pos[up[in_tree]]
-    deepest = int((step.pos - base).max())
-    if deepest > MAX_DEPTH:
+    if step.n_rows > MAX_DEPTH and (deepest := int((step.pos - base).max())) > MAX_DEPTH:
         raise IntegrityError(f"a tree is {deepest} rows deep; the kernel takes {MAX_DEPTH}")
     return base
 
 
-def cut(step: Step) -> tuple[I32, I32, I32]:
+def cut(step: Step, base: I32) -> tuple[I32, I32, I32]:
     """The step in items for the C kernel: span, first row and number of rows of each. An item is a run of chain rows
-    of one span, or a single tree row."""
+    of one span, or of rows of one tree: those whose ``base`` is the same, the root that stands before them included."""
     most = FEW_ITEM_ROWS if step.n_rows <= FEW_ROWS else ITEM_ROWS
-    if (step.parent < 0).all():
-        n_items = -(-np.diff(step.q_start) // most)
+    chains, n_rows = bool((step.parent < 0).all()), np.diff(step.q_start)
+    if ((n_rows > 0) & (n_rows <= most)).all():
+        starts = step.q_start[:-1]
+        if chains or np.array_equal(base, np.repeat(base[starts], n_rows)):  # each span is one item
+            return np.arange(len(starts), dtype=np.int32), starts, n_rows
+    if chains:
+        n_items = -(-n_rows // most)
         span = np.repeat(np.arange(len(n_items), dtype=np.int32), n_items)
         first = np.repeat(np.cumsum(n_items) - n_items, n_items)
         row = step.q_start[span] + (np.arange(len(span), dtype=np.int32) - first) * most
         return span, row.astype(np.int32), np.minimum(step.q_start[span + 1] - row, most).astype(np.int32)
-    # An item begins where a span does, at a row of a tree, after one, and every few rows of a run.
-    in_tree = step.parent >= 0
-    begins = in_tree.copy()
-    begins[1:] |= in_tree[:-1]
+    # An item begins where a span does, where a tree does or ends, and every few rows of a run.
+    below = step.parent >= 0
+    same = base[1:] == base[:-1]
+    in_tree = below.copy()
+    in_tree[:-1] |= below[1:] & same
+    begins = np.ones(step.n_rows, bool)
+    begins[1:] = np.where(in_tree[1:], ~(in_tree[:-1] & same), in_tree[:-1])
     begins[step.q_start[:-1]] = True
     at = np.flatnonzero(begins)
     length = np.diff(np.append(at, step.n_rows))
@@ -207,7 +217,7 @@ class NativeAttention:
     plans: ctypes.Array[AttendStep]
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, native: Native) -> None:
-        self._spec, self._dtype, self._group = spec, dtype, native.group[dtype]
+        self._spec, self._dtype, self._native, self._group = spec, dtype, native, native.group[dtype]
 
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
         """Zeroed cache memory. Raises ``ResourceError``, and ``ConfigError`` where blocks would split a group of P."""
@@ -224,27 +234,29 @@ class NativeAttention:
         self._n_blocks = n_blocks
         self.layers = _allocate(groups, shapes, torch.empty(0, dtype=self._dtype))
         self._windows = [group.window or 0 for group in groups]
+        self._places = [self._pointers(index) for index in range(len(groups))]
+
+    def _pointers(self, group: int) -> tuple[int, ctypes.Array[c_void_p], ctypes.Array[c_void_p]]:
+        """How many layers the group has, and where their K and V lie."""
+        caches = [layer for layer in self.layers if layer.group == group]
+        array = c_void_p * len(caches)
+        return len(caches), array(*(c.k.data_ptr() for c in caches)), array(*(c.v.data_ptr() for c in caches))
 
     def begin(self, step: Step) -> None:
         """Take over a step's arrays and carry out its moves; valid until the next ``begin``."""
         self._base = roots(step)
         self._pos, self._parent = np.ascontiguousarray(step.pos), np.ascontiguousarray(step.parent)
         self._keep: list[np.ndarray] = []
-        items = cut(step)
+        items = cut(step, self._base)
         windows = zip(step.groups, self._windows, strict=True)
         plans = [self._plan(step, items, group, window) for group, window in windows]
         self.plans = (AttendStep * len(plans))(*plans)
-        for layer in self.layers:
-            moves = step.groups[layer.group].moves
-            if len(moves):
-                source, target = (
-                    torch.from_numpy(moves[:, 0].astype(np.int64)),
-                    torch.from_numpy(moves[:, 1].astype(np.int64)),
-                )
-                (sb, so), (tb, to) = ((x // self._size, x % self._size) for x in (source, target))
-                layer.k[:, tb, :, to] = layer.k[:, sb, :, so]
-                (sp, sr), (tp, tr) = ((x // layer.v.shape[-1], x % layer.v.shape[-1]) for x in (so, to))
-                layer.v[:, tb, tp, :, tr] = layer.v[:, sb, sp, :, sr]
+        for plan, group, places in zip(self.plans, step.groups, self._places, strict=True):
+            n = len(group.moves)
+            if n:
+                moves = np.ascontiguousarray(group.moves, np.int32)
+                if self._native.move[self._dtype](ctypes.byref(plan), n, moves.ctypes.data, *places):
+                    raise ResourceError(f"no memory for the scratch of {n} moves")
 
     def _plan(self, step: Step, items: tuple[I32, I32, I32], group: GroupStep, window: int) -> AttendStep:
         span, row, n = items

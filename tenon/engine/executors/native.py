@@ -66,6 +66,7 @@ class Native:
     def __init__(self, lib: ctypes.CDLL) -> None:
         P, I, F = c_void_p, c_int64, c_float
         self.attend: Entry = {}
+        self.move: Entry = {}
         self.norm: Entry = {}
         self.add_norm: Entry = {}
         self.heads: Entry = {}
@@ -78,6 +79,7 @@ class Native:
         for dtype, suffix in SUFFIX.items():
             for table, name, arguments, result in (
                 (self.attend, "attend", (P, F, P, P, P, P, P, P), c_int32),
+                (self.move, "move", (P, I, P, I, P, P), c_int32),
                 (self.norm, "norm", (P, P, F, I, I, P), None),
                 (self.add_norm, "add_norm", (P, P, P, F, I, I, P), None),
                 (self.heads, "heads", (P, P, P, F, P, P, I, I, I, I, P, P, P), None),
