@@ -60,7 +60,7 @@ class StepTimes:
 
     def plain(self, rows: int) -> float:
         """See :class:`tenon.engine.policies.speculate.Seconds`."""
-        return float(np.interp(rows, self._knots, self._plain.seconds))
+        return _at(rows, self._plain.seconds)
 
     def plain_of(self, rows: I64) -> F64:
         """``plain`` of several."""
@@ -68,8 +68,8 @@ class StepTimes:
 
     def guessed(self, n: int, rows: I64) -> F64:
         fixed, slope = self._extra.now.tolist()
-        measured = np.interp(rows, self._knots, self._base) - float(np.interp(n, self._knots, self._base))
-        return np.asarray(self.plain(n) + fixed + slope * measured)
+        grown = np.interp(rows, self._knots, self._base) - _at(n, self._base)
+        return np.asarray(self.plain(n) + fixed + slope * grown)
 
     @property
     def arrays(self) -> tuple[F64, F64, F64, F64]:
@@ -87,9 +87,10 @@ class StepTimes:
         if rows > n:
             if not was_guessed:
                 seconds += self._after_s  # one that follows its like has the other's cost in it
-            predicted_s = float(self.guessed(n, np.array([rows]))[0])
+            grown = _at(rows, self._base) - _at(n, self._base)
+            fixed, slope = self._extra.now.tolist()
+            predicted_s = plain_s + fixed + slope * grown
             near_s = min(max(seconds, predicted_s / 2), 2 * predicted_s)
-            grown = float(np.interp(rows, self._knots, self._base) - np.interp(n, self._knots, self._base))
             self._extra.hear(grown, (near_s - plain_s) / self._speed)
             self._extra.settle(self._speed)
             self._drifts.append(seconds / predicted_s)
@@ -111,7 +112,7 @@ class StepTimes:
             k = bisect_left(KNOTS, rows)
             if k and rows - KNOTS[k - 1] < KNOTS[k] - rows:
                 k -= 1
-            self._plain.hear(k, seconds / (self._speed * float(np.interp(rows, self._knots, self._base))))
+            self._plain.hear(k, seconds / (self._speed * _at(rows, self._base)))
         self._told.clear()
         if self._after:
             self._after_s += RATE * (max(0.0, float(np.median(self._after))) - self._after_s)
@@ -122,6 +123,15 @@ class StepTimes:
     def table(self) -> list[tuple[int, float, float]]:
         """Rows; seconds as measured at the start, and as they are now without guesses."""
         return list(zip(KNOTS, self._base.tolist(), self._plain.seconds.tolist(), strict=True))
+
+
+def _at(rows: int, seconds_K: F64) -> float:
+    """Linear between knots: numpy's interp of one number, in a third of the time."""
+    k = bisect_left(KNOTS, rows)
+    if k == len(KNOTS) or KNOTS[k] == rows or k == 0:
+        return seconds_K.item(min(k, len(KNOTS) - 1))
+    low, high = seconds_K.item(k - 1), seconds_K.item(k)
+    return low + (high - low) * (rows - KNOTS[k - 1]) / (KNOTS[k] - KNOTS[k - 1])
 
 
 class _Plain:

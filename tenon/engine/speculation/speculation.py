@@ -86,6 +86,8 @@ class Speculation:
         """Drafters that have failed."""
         self.rests = False
         """While it is set nothing is guessed."""
+        self.looks = False
+        """Whether guesses were asked for in this step."""
         self._company = NOBODY
         self._warm: Set[int] = frozenset()
         """Ranges of temperatures that were guessed for last."""
@@ -95,14 +97,10 @@ class Speculation:
         models = [drafter for drafter in drafters if isinstance(drafter, DraftModel)]
         self._model = (models[0], self.kinds.index(models[0].kinds[0])) if models else None
 
-    @property
-    def looks(self) -> bool:
-        """Whether every step asks for guesses, as long as that pays."""
-        return self._asking.one_in == 1
-
     def draft(self, seqs: Sequence[Seq], most: int, *, may_have: bool) -> int:
         """Give trees to those of ``seqs``, all that decode, that have none: ``most`` nodes at most, those of older
         trees among them, if there may be any. Returns how many nodes there are."""
+        self.looks = False
         n_nodes = sum(len(seq.tree) for seq in seqs if seq.tree is not None) if may_have else 0
         if self.rests or not self._asking.due():
             return n_nodes
@@ -117,6 +115,7 @@ class Speculation:
             ask = Asked([seq for seq in ask.seqs if seq.tree is None], self.max_depth)
         if not ask.seqs or most <= n_nodes:
             return n_nodes
+        self.looks = True
         load = Load(len(seqs), most - n_nodes, self.times)
         start_s = 0.0 if self._clock is None else self._clock.now_s()
         trees = self._trees(ask, load)
