@@ -44,7 +44,7 @@ from tenon.models.spec import KVGroup
 RUNNING = State.RUNNING  # looked up for each sequence in each step, which an Enum makes slow
 NOBODY: list[Seq] = []
 NOBODY_LATE: frozenset[int] = frozenset()
-LANE_TELLS = 8
+LANE_TELLS = 16
 """Of a lane's steps one in so many is looked at for what it took: there are many of them, and they are alike."""
 
 

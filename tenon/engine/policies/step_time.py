@@ -161,6 +161,8 @@ class _Plain:
         if not seen.any():
             return 1.0
         common = float(np.exp(np.log(self._ratio[seen]).mean()))
+        if abs(common - 1) < 0.02:
+            return 1.0
         self._ratio /= common
         for recent in self._recent:
             for _ in range(len(recent)):

@@ -41,6 +41,8 @@ _log = logging.getLogger("tenon.engine")
 TRY_SHARE: Final = 0.005
 """Of the time that steps take, what may be spent on verifying the likeliest of what was refused, lest a wrong judgement
 stand ..."""
+TRY_AFTER: Final = 32
+"""... after so many steps at least ..."""
 TRY_NODES: Final = 4
 """... and how many at least are verified then ..."""
 REST_EVERY: Final = 64
@@ -153,6 +155,8 @@ class Speculation:
 
     def _tried(self, forest: Forest, load: Load) -> Bool | None:
         """The likeliest nodes, where it is time to see whether it is right to refuse them."""
+        if self._asking.n_steps - self._tried_at < TRY_AFTER:
+            return None
         places = likeliest(forest.f)[: min(max(load.n, TRY_NODES), load.most)]
         if not len(places):
             return None
