@@ -1,9 +1,9 @@
 """``Asking``: whether it pays to ask for guesses at all.
 
 Looking for guesses takes time in every step, whether any is worth verifying or not. What a round of asking everybody
-won, on average, in seconds of the steps that are saved, is compared with what it took. Where it is less, only one round
-in so many is held, over one sequence in so many: what the others say is not followed, which is most of the time that
-asking takes. That is how it is found out when guesses pay again.
+won, on average, in seconds of the steps that are saved, is compared with what it took. Where it is less, only one step
+in so many has a round, over one sequence in so many: what the others say is not followed, which is most of the time
+that asking takes. That is how it is found out when guesses pay again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from statistics import median
 from typing import Final
 
 SELDOM: Final = (4, 16)
-"""One round in so many, of one sequence in so many; the second after long without a guess."""
+"""One step in so many has a round, over one sequence in so many; the second after long without a guess."""
 LONG: Final = 32
 """Rounds."""
 HOPE: Final = 0.25

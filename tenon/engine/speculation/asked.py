@@ -44,9 +44,10 @@ class Company:
         self.n_willing = len(self._willing)
 
     def asked(self, one_in: int = 1) -> Asked:
-        """Those who want trees, or one in so many of them."""
+        """Those who want trees, or one in so many: whoever is among them stays so."""
         if one_in not in self._asked:
-            self._asked[one_in] = Asked(self._willing[::one_in], self._max_depth)
+            seqs = [seq for seq in self._willing if seq.id % one_in == 0]
+            self._asked[one_in] = Asked(seqs, self._max_depth)
         return self._asked[one_in]
 
 

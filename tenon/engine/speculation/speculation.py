@@ -38,7 +38,7 @@ from tenon.engine.step import Step
 
 _log = logging.getLogger("tenon.engine")
 
-TRY_SHARE: Final = 0.005
+TRY_SHARE: Final = 0.003
 """Of the time that steps take, what may be spent on verifying the likeliest of what was refused, lest a wrong judgement
 stand ..."""
 TRY_AFTER: Final = 32
