@@ -51,11 +51,11 @@ def test_others_are_asked_with_hope() -> None:
     assert asked(it, LONG, 0.0, 4e-5) == LONG
 
 
-def test_a_few_long_rounds_at_the_start_say_nothing() -> None:
-    """Prompts are followed from their beginnings."""
+def test_rounds_with_newcomers_say_nothing_of_what_one_takes() -> None:
     it = Asking()
-    for taken_s in (3e-3, 2e-3, *[1e-5] * 8):
-        it.tell(2e-5, taken_s, 1.0, STEP_S)
+    for _ in range(200):
+        it.tell(2e-5, None, 1.0, STEP_S)
+        it.tell(2e-5, 1e-5, 1.0, STEP_S)
     assert it.one_in == 1
 
 

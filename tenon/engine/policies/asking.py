@@ -45,17 +45,18 @@ class Asking:
         """Others ask than before."""
         self.one_in, self._won_s, self._n_vain = 1, None, 0
 
-    def tell(self, won_s: float, taken_s: float, share: float, step_s: float) -> None:
+    def tell(self, won_s: float, taken_s: float | None, share: float, step_s: float) -> None:
         """A round over this share of the sequences was held: what it wins, 0 where nothing was worth it, and what it
-        took; a step takes ``step_s``."""
+        took, None where that says little: whoever is new is followed from the beginning of a prompt. A step takes
+        ``step_s``."""
         held_all = self.one_in == 1
         if self._won_s is None:
             self._won_s = HOPE * step_s
         self._won_s += (won_s / share - self._won_s) * (RATE if held_all else SELDOM_RATE)
         self._n_vain = 0 if won_s > 0 else self._n_vain + 1
-        if held_all:
+        if held_all and taken_s is not None:
             self._taken.append(taken_s / share)
-            if len(self._taken) > RECENT // 2:  # before that nobody can say which are outliers: prompts are long
+            if len(self._taken) > RECENT // 2:  # before that nobody can say which are outliers
                 self._taken_s = median(self._taken)
         if self._won_s >= self._taken_s:
             self.one_in = 1

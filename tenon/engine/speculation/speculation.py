@@ -107,7 +107,7 @@ class Speculation:
         if self.rests or not self._asking.due():
             return n_nodes
         company = self._company
-        if company.seqs != seqs:
+        if is_new := company.seqs != seqs:
             company = self._company = Company(seqs, self.max_depth)
             if not company.warm <= self._warm:
                 self._asking.hope()
@@ -124,7 +124,7 @@ class Speculation:
         if self._clock is not None and self.policy.weighs:
             taken_s, plain_s = self._clock.now_s() - start_s, self.times.plain(load.n)
             won_s = self._won_s(trees, load.n) if trees else 0.0
-            self._asking.tell(won_s, taken_s, len(ask.seqs) / company.n_willing, plain_s)
+            self._asking.tell(won_s, None if is_new else taken_s, len(ask.seqs) / company.n_willing, plain_s)
         for seq, tree in trees:
             seq.tree = tree
             n_nodes += len(tree)
