@@ -106,8 +106,8 @@ static double between(const double *knots, const double *seconds, int64_t n, dou
 }
 
 // The nodes to verify are marked; returns how many they are, or -1 without memory. `n_decodes` sequences get a token
-// each whatever is chosen, and no more than `most` nodes are.
-int64_t tenon_pays(const forest_t *forest, int64_t n_decodes, int64_t most, const choice_t *choice)
+// each whatever is chosen, and no more than `most` nodes are; they have to be better than none by `margin`.
+int64_t tenon_pays(const forest_t *forest, int64_t n_decodes, int64_t most, double margin, const choice_t *choice)
 {
     const int64_t n_places = forest->n * forest->room;
     const float *f = forest->f;
@@ -128,7 +128,7 @@ int64_t tenon_pays(const forest_t *forest, int64_t n_decodes, int64_t most, cons
         double rate = gained / (plain + choice->extra[0] + choice->extra[1] * grown);
         if (rate > best) best = rate, n_best = i + 1;
     }
-    if (best * plain < n_decodes * (1 + choice->margin)) n_best = 0;
+    if (best * plain < n_decodes * (1 + margin)) n_best = 0;
     memset(forest->chosen, 0, n_places);
     for (int64_t i = 0; i < n_best; i++) forest->chosen[nodes[i].place] = 1;
     if (nodes != few) free(nodes);

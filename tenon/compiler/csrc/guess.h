@@ -28,12 +28,11 @@ typedef struct {
 } observation_t;
 
 // Seconds of steps at so many rows without guesses, now and as measured; what guesses add, a fixed part and a slope over
-// what was measured (policies/step_time.py); by how much they have to be better.
+// what was measured (policies/step_time.py).
 typedef struct {
     const double *knots, *plain, *measured, *extra;
     int64_t n_knots;
-    double margin;
 } choice_t;
 
 void tenon_judge(const forest_t *forest, const int64_t *warm, const weights_t *weights);
-int64_t tenon_pays(const forest_t *forest, int64_t n_decodes, int64_t most, const choice_t *choice);
+int64_t tenon_pays(const forest_t *forest, int64_t n_decodes, int64_t most, double margin, const choice_t *choice);

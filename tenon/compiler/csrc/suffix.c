@@ -328,7 +328,7 @@ typedef struct {
 } round_t;
 
 // Returns how many nodes are chosen, or -1 without memory.
-int64_t tenon_follower_round(round_t *r, int64_t n_decodes, int64_t most)
+int64_t tenon_follower_round(round_t *r, int64_t n_decodes, int64_t most, double margin)
 {
     for (int64_t i = 0; i < r->forest->n; i++) {
         int64_t left = r->last[i] - r->n_tokens[i];
@@ -337,5 +337,5 @@ int64_t tenon_follower_round(round_t *r, int64_t n_decodes, int64_t most)
     r->n_found = tenon_follower_guess(r->followers, r->n_tokens, r->depth, r->at_least, r->doubt, r->floor, r->forest);
     if (r->n_found <= 0) return r->n_found;
     tenon_judge(r->forest, r->warm, r->weights);
-    return tenon_pays(r->forest, n_decodes, most, r->choice);
+    return tenon_pays(r->forest, n_decodes, most, margin, r->choice);
 }

@@ -29,7 +29,11 @@ from tenon.engine.policies.forest import Bool, Forest
 F64 = NDArray[np.float64]
 
 MARGIN: Final = 0.1
-"""By how much a step with guesses has to be better than one without: a prediction's error should not decide."""
+"""By how much a step with guesses has to be better than one without: a prediction's error should not decide ..."""
+BOLD: Final = 0.1
+BOLD_TREES: Final = 64
+"""... but at first, until so many trees have been seen at such temperatures, it may be this much worse, for what is
+learned from it."""
 TREE: Final = (6, 3)
 """Of rules that take the likeliest nodes of whatever trees there are (AdaServe's settings: 4 to 8 deep, 3 wide)."""
 BATCHES: Final = ((1, 8), (4, 6), (8, 4), (16, 3), (32, 2), (64, 1))
@@ -56,6 +60,13 @@ class Load:
     n: int
     most: int
     seconds: Seconds
+    margin: float = MARGIN
+    """By how much a step with guesses has to be better than one without, for policies that weigh."""
+
+
+def margin(n_trees: int) -> float:
+    """``Load.margin``, when so many trees were seen that are like these."""
+    return MARGIN - (MARGIN + BOLD) * max(0.0, 1 - n_trees / BOLD_TREES)
 
 
 class Speculate(Protocol):
@@ -173,8 +184,8 @@ class ByBatch(_Fixed):
 class Pays:
     """Of all budgets the one with the most expected tokens a second; the nodes are the likeliest of all trees."""
 
-    def __init__(self, margin: float = MARGIN, *, chains: bool = False) -> None:
-        self.margin, self._chains = margin, chains
+    def __init__(self, *, chains: bool = False) -> None:
+        self._chains = chains
 
     @property
     def weighs(self) -> bool:
@@ -192,7 +203,7 @@ class Pays:
         gained = load.n + np.cumsum(f.ravel()[order], dtype=np.float64)
         rate = gained / load.seconds.guessed(load.n, load.n + np.arange(1, len(order) + 1))
         best = int(np.argmax(rate))
-        if rate[best] * load.seconds.plain(load.n) < load.n * (1 + self.margin):
+        if rate[best] * load.seconds.plain(load.n) < load.n * (1 + load.margin):
             return None
         return _mask(forest, order[: best + 1])
 

@@ -179,14 +179,14 @@ class _Plain:
 class _Extra:
     """What guesses add to a step, fitted by least squares over what was observed, the older the less."""
 
-    MEMORY: Final = 0.995
+    MEMORY: Final = 0.99
     """What is left of an observation's weight after one more step of any kind: where guesses are not worth it for long,
     it is forgotten how dear they were, and they are tried again."""
-    FIRST: Final = 0.25
+    FIRST: Final = 0.4
     MOST_FIRST_S: Final = 0.5e-3
     """Before anything is observed the fixed part is so much of the shortest step, and at most so long."""
-    PRIOR: Final = 2.0
-    """Observations that what is thought at first weighs as much as."""
+    PRIOR: Final = 8.0
+    """Observations that what is thought at first weighs as much as: the first ones are seldom typical."""
     LEAST_SLOPE: Final = 0.1
 
     def __init__(self, base: F64) -> None:

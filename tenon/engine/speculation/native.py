@@ -54,10 +54,10 @@ class Native:
             ("follower_free", (P,), None),
             ("follower_share", (P, I, P, N), None),
             ("follower_guess", (P, P, P, I, D, D, P), N),
-            ("follower_round", (P, N, N), N),
+            ("follower_round", (P, N, N, D), N),
             ("judge", (P, P, P), None),
             ("learn", (P, P, N, D, P), None),
-            ("pays", (P, N, N, P), N),
+            ("pays", (P, N, N, D, P), N),
         ):
             function = lib[f"tenon_{name}"]
             function.argtypes, function.restype = arguments, result
@@ -99,7 +99,6 @@ class Choice(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("knots", "plain", "measured", "extra")),
         ("n_knots", c_int64),
-        ("margin", c_double),
     ]
 
 
@@ -138,10 +137,10 @@ class QuickPays(Pays):
         super().__init__()
         self._pays, self._times = lib.pays, times
         arrays = times.arrays
-        self._struct = Choice(*(array.ctypes.data for array in arrays), len(arrays[0]), self.margin)
+        self._struct = Choice(*(array.ctypes.data for array in arrays), len(arrays[0]))
         self.address = ctypes.addressof(self._struct)
 
     def choose(self, forest: Forest, load: Load) -> Bool | None:
         if load.seconds is not self._times or forest.f.size > MOST_NODES:
             return super().choose(forest, load)
-        return forest.chosen if self._pays(view(forest), load.n, load.most, self.address) > 0 else None
+        return forest.chosen if self._pays(view(forest), load.n, load.most, load.margin, self.address) > 0 else None

@@ -11,7 +11,7 @@ import numpy as np
 
 from tenon.engine.policies.calibrate import Calibrator
 from tenon.engine.policies.forest import Bool, Forest
-from tenon.engine.policies.speculate import Speculate
+from tenon.engine.policies.speculate import Load, Speculate
 from tenon.engine.speculation.asked import Asked
 from tenon.engine.speculation.drafter import Drafter
 from tenon.engine.speculation.native import Native, QuickCalibrator, QuickPays, view
@@ -46,12 +46,12 @@ class QuickRound:
             return None
         return QuickRound(drafters[0].lib, drafters[0], calibrator, policy)
 
-    def round(self, asked: Asked, n_decodes: int, most: int, room: int) -> tuple[Forest | None, Bool | None]:
+    def round(self, asked: Asked, load: Load, room: int) -> tuple[Forest | None, Bool | None]:
         """What is guessed, judged, and the nodes to verify; None for nothing."""
         if asked is not self._asked:
             self._prepare(asked, room)
         self._n_tokens[:] = [seq.n_tokens for seq in asked.seqs]
-        n = self._call(self._address, n_decodes, most)
+        n = self._call(self._address, load.n, load.most, load.margin)
         if n < 0:
             raise MemoryError("no memory for a suffix automaton")
         return self._forest if self._round.n_found else None, self._forest.chosen if n else None

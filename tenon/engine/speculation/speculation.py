@@ -21,9 +21,9 @@ import numpy as np
 from tenon.base.clock import Clock
 from tenon.engine.messages import Guesses
 from tenon.engine.policies.asking import Asking
-from tenon.engine.policies.calibrate import Calibrator, Observation, warmth
+from tenon.engine.policies.calibrate import WARM, Calibrator, Observation, warmth
 from tenon.engine.policies.forest import I32, MAX_DEPTH, Bool, Forest, merged
-from tenon.engine.policies.speculate import Load, Speculate, likeliest
+from tenon.engine.policies.speculate import Load, Speculate, likeliest, margin
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.sequence import Seq
 from tenon.engine.speculation import native
@@ -93,6 +93,8 @@ class Speculation:
         self._company = NOBODY
         self._warm: Set[int] = frozenset()
         """Ranges of temperatures that were guessed for last."""
+        self._n_seen = [0] * (len(WARM) + 1)
+        """Trees, by those ranges."""
         self._quick = QuickRound.of(drafters, self.calibrator, policy)
         self._n_chosen = self._tried_at = 0
         self._asking, self._clock = Asking(), clock
@@ -118,7 +120,8 @@ class Speculation:
         if not ask.seqs or most <= n_nodes:
             return n_nodes
         self.looks = True
-        load = Load(len(seqs), most - n_nodes, self.times)
+        n_seen = min(self._n_seen[warm] for warm in company.warm)
+        load = Load(len(seqs), most - n_nodes, self.times, margin(n_seen))
         start_s = 0.0 if self._clock is None else self._clock.now_s()
         trees = self._trees(ask, load)
         if self._clock is not None and self.policy.weighs:
@@ -180,7 +183,7 @@ class Speculation:
         """What is guessed, and what of it to verify."""
         if self._quick is not None:
             try:
-                return self._quick.round(ask, load.n, load.most, self.max_nodes)
+                return self._quick.round(ask, load, self.max_nodes)
             except Exception as error:
                 self._quick = None
                 self._lose(self.drafters[0], error)
@@ -221,6 +224,7 @@ class Speculation:
         counts.accepted += len(path)
         true = {ROOT, *path}
         warm = warmth(seq.request.add.temperature)
+        self._n_seen[warm] += 1
         seen: list[Observation] = []
         deepest = 0
         for i, parent in enumerate(tree.parents):
