@@ -23,7 +23,7 @@ from tenon.engine.messages import Guesses
 from tenon.engine.policies.asking import Asking
 from tenon.engine.policies.calibrate import WARM, Calibrator, Observation, warmth
 from tenon.engine.policies.forest import I32, MAX_DEPTH, Bool, Forest, merged
-from tenon.engine.policies.speculate import Load, Speculate, likeliest, margin
+from tenon.engine.policies.speculate import MARGIN, Load, Speculate, likeliest, margin
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.sequence import Seq
 from tenon.engine.speculation import native
@@ -39,9 +39,10 @@ from tenon.engine.step import Step
 _log = logging.getLogger("tenon.engine")
 
 TRY_SHARE: Final = 0.003
+TRY_SHARE_AT_FIRST: Final = 0.05
 """Of the time that steps take, what may be spent on verifying the likeliest of what was refused, lest a wrong judgement
-stand ..."""
-TRY_AFTER: Final = 32
+stand, and at first (BOLD_TREES) little is known ..."""
+TRY_AFTER: Final = 8
 """... after so many steps at least ..."""
 TRY_NODES: Final = 4
 """... and how many at least are verified then ..."""
@@ -165,7 +166,8 @@ class Speculation:
             return None
         plain_s = self.times.plain(load.n)
         costs_s = float(self.times.guessed(load.n, np.array([load.n + len(places)]))[0]) - plain_s
-        if self._asking.n_steps - self._tried_at < costs_s / (TRY_SHARE * plain_s):
+        share = TRY_SHARE if load.margin >= MARGIN else TRY_SHARE_AT_FIRST
+        if self._asking.n_steps - self._tried_at < costs_s / (share * plain_s):
             return None
         self._tried_at = self._asking.n_steps
         chosen = np.zeros(forest.shape, np.bool_)
