@@ -187,7 +187,7 @@ def test_weights_that_change_are_not_guessed_for_with_old_words() -> None:
 class Broken:
     """A drafter that fails after some rounds."""
 
-    name, kinds = "broken", ("broken",)
+    name, kinds, beliefs = "broken", ("broken",), (0.0,)
     n_rounds = 0
 
     def propose(self, seqs: Sequence[Seq], depth_n: I32, room: int) -> Forest | None:

@@ -28,7 +28,7 @@ def test_what_wins_more_than_it_takes_is_always_asked() -> None:
 @pytest.mark.parametrize("won_s", [0.0, 3e-5])
 def test_what_wins_less_than_it_takes_is_asked_seldom(won_s: float) -> None:
     it = Asking()
-    asked(it, 500, won_s, 4e-5)
+    asked(it, 1500, won_s, 4e-5)
     assert asked(it, 1600, won_s, 4e-5) == 1600 // SELDOM[won_s == 0]
 
 

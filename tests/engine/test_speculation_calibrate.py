@@ -84,7 +84,7 @@ def test_company_of_other_temperatures_teaches_too(truth: str) -> None:
     rng, it = np.random.default_rng(len(truth)), Calibrator(N_KINDS)
     taught(it, rng, TRUTHS[truth], 2000)
     predicted, expected = taught(it, rng, TRUTHS[truth], 6000)
-    assert predicted.sum() == pytest.approx(expected.sum(), rel=0.25 if truth == "hopeless" else 0.1)
+    assert predicted.sum() == pytest.approx(expected.sum(), rel=0.3 if truth == "hopeless" else 0.1)
 
 
 def test_a_change_of_text_is_followed() -> None:

@@ -42,7 +42,7 @@ def general() -> Speculation:
 
 def in_python() -> Speculation:
     made = Speculation([Suffix(in_c=False)], Pays(), StepTimes(MEASURED))
-    made.calibrator = Calibrator(len(made.kinds))
+    made.calibrator = Calibrator(len(made.kinds), Suffix.beliefs)
     assert made._quick is None
     return made
 

@@ -92,7 +92,7 @@ def grown(n: int, C: int, seed: int, *, ties: bool = False, chains: bool = False
 class Scripted:
     """A drafter that guesses what ``script`` says of a sequence."""
 
-    name, kinds = "scripted", ("scripted",)
+    name, kinds, beliefs = "scripted", ("scripted",), (0.0,)
 
     def __init__(self, script: Callable[[Seq], Tree | None]) -> None:
         self._script = script

@@ -16,7 +16,7 @@ SELDOM: Final = (4, 16)
 """One step in so many has a round, over one sequence in so many; the second after long without a guess."""
 LONG: Final = 32
 """Rounds."""
-HOPE: Final = 0.25
+HOPE: Final = 1.0
 """What a round is thought to win before anything is known, in steps."""
 RATE: Final = 1 / 128
 """Of the step of the average to a round's win where all are held ..."""

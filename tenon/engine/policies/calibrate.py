@@ -28,8 +28,10 @@ WARM: Final = (0.0, 0.5, 0.9)
 """Temperatures up to which a range goes; the last one has no end."""
 DEPTHS: Final = 16
 """Depths that are told apart; deeper ones count as the last."""
-DOUBT: Final = -0.7
+DOUBT: Final = -0.35
 """What each range of temperatures takes off, in logits, before anything is learned."""
+BELIEF: Final = 8
+"""Observations that what is known beforehand weighs as much as."""
 BATCH: Final = 32
 """Observations that are learned from together."""
 LEAST: Final = 0.02
@@ -49,15 +51,19 @@ Observation = tuple[int, int, int, float, int, bool]
 
 
 class Calibrator:
-    """Of ``n_kinds`` kinds of guesses. Begins by believing ``q``, the less the warmer."""
+    """Of ``n_kinds`` kinds of guesses. Begins by believing ``q``, the less the warmer, and ``beliefs``, each kind's
+    addition to its logits."""
 
-    def __init__(self, n_kinds: int) -> None:
+    def __init__(self, n_kinds: int, beliefs: Sequence[float] = ()) -> None:
         n_warm = len(WARM) + 1
         shape = n_kinds, n_warm
         self._b, self._c = np.ones(shape), np.zeros(shape)
         self._parts = DOUBT * np.arange(n_warm), np.zeros(shape), np.zeros((*shape, DEPTHS))
         """Of ``a``: what all have in common, all of a kind, those at one depth."""
         self._seen_by = tuple(np.zeros(part.shape) for part in self._parts)
+        if beliefs:
+            self._parts[1][:] = np.array(beliefs)[:, None]
+            self._seen_by[1][:] = BELIEF * (self._parts[1] != 0)
         self._a = np.zeros((*shape, DEPTHS))
         self._add()
         self._seen: list[Observation] = []

@@ -66,6 +66,10 @@ class StepTimes:
         """``plain`` of several."""
         return np.interp(rows, self._knots, self._plain.seconds)
 
+    def known(self, n: int) -> bool:
+        """Whether steps of about so many sequences were seen without guesses: what these add cannot be told before."""
+        return self._plain.known(_nearest(n))
+
     def guessed(self, n: int, rows: I64) -> F64:
         fixed, slope = self._extra.now.tolist()
         grown = np.interp(rows, self._knots, self._base) - _at(n, self._base)
@@ -100,7 +104,7 @@ class StepTimes:
         else:
             self._told.append((rows, seconds))
             self._drifts.append(seconds / plain_s)
-        if len(self._drifts) >= EVERY:
+        if len(self._drifts) >= EVERY or (len(self._told) > RECENT // 2 and not self.known(n)):
             self._settle()
 
     def _settle(self) -> None:
@@ -109,10 +113,7 @@ class StepTimes:
         self._drifts.clear()
         for rows, seconds in self._told:
             # The nearer knot hears of it, scaled to its own rows.
-            k = bisect_left(KNOTS, rows)
-            if k and rows - KNOTS[k - 1] < KNOTS[k] - rows:
-                k -= 1
-            self._plain.hear(k, seconds / (self._speed * _at(rows, self._base)))
+            self._plain.hear(_nearest(rows), seconds / (self._speed * _at(rows, self._base)))
         self._told.clear()
         if self._after:
             self._after_s += RATE * (max(0.0, float(np.median(self._after))) - self._after_s)
@@ -134,6 +135,12 @@ def _at(rows: int, seconds_K: F64) -> float:
     return low + (high - low) * (rows - KNOTS[k - 1]) / (KNOTS[k] - KNOTS[k - 1])
 
 
+def _nearest(rows: int) -> int:
+    """The number of the knot."""
+    k = bisect_left(KNOTS, rows)
+    return k - 1 if k and rows - KNOTS[k - 1] < KNOTS[k] - rows else k
+
+
 class _Plain:
     """Steps without guesses: what they take over what is expected of so many rows, at each knot that was seen."""
 
@@ -147,6 +154,9 @@ class _Plain:
     def hear(self, k: int, ratio: float) -> None:
         self._recent[k].append(ratio)
         self._new.add(k)
+
+    def known(self, k: int) -> bool:
+        return not np.isnan(self._ratio.item(k))
 
     def in_common(self) -> float:
         """Take over what was heard. Returns what all ratios have in common, which they are without from now on: it is

@@ -13,6 +13,9 @@ class Drafter(Protocol):
     name: str
     kinds: tuple[str, ...]
     """Names of the kinds of guesses it makes: what ``Forest.source`` counts through."""
+    beliefs: tuple[float, ...]
+    """Of each kind, by how much such guesses are likelier than ``Forest.q`` says, in logits, as far as that is known
+    beforehand."""
 
     def propose(self, seqs: Sequence[Seq], depth_n: I32, room: int) -> Forest | None:
         """A row for each sequence, at most ``depth_n`` deep and ``room`` nodes; None where there is nothing to guess.

@@ -101,6 +101,7 @@ class DraftModel:
 
     name = "model"
     kinds: tuple[str, ...] = ("model",)
+    beliefs: tuple[float, ...] = (0.0,)
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -113,8 +113,8 @@ def view(forest: Forest) -> int:
 class QuickCalibrator(Calibrator):
     """``Calibrator`` that judges and learns in C."""
 
-    def __init__(self, n_kinds: int, lib: Native) -> None:
-        super().__init__(n_kinds)
+    def __init__(self, n_kinds: int, lib: Native, beliefs: Sequence[float] = ()) -> None:
+        super().__init__(n_kinds, beliefs)
         self._judge, self._quick_learn = lib.judge, lib.learn
         arrays = *self.weights, *self._parts, *self._seen_by
         self._struct = Weights(*(array.ctypes.data for array in arrays), *self._a.shape)

@@ -38,6 +38,7 @@ class _Places:
 class Ngram:
     name = "ngram"
     kinds = tuple(f"ngram-{n}" for n in range(SHORTEST, LONGEST + 1))
+    beliefs: tuple[float, ...] = (0.0,) * len(kinds)
 
     def __init__(self) -> None:
         self._places: dict[int, _Places] = {}

@@ -82,7 +82,8 @@ class Speculation:
         self.max_depth, self.max_nodes = max_depth, max_nodes
         self.kinds = tuple(kind for drafter in drafters for kind in drafter.kinds)
         lib = native.load()
-        self.calibrator = Calibrator(len(self.kinds)) if lib is None else QuickCalibrator(len(self.kinds), lib)
+        n, beliefs = len(self.kinds), [belief for drafter in drafters for belief in drafter.beliefs]
+        self.calibrator = Calibrator(n, beliefs) if lib is None else QuickCalibrator(n, lib, beliefs)
         self.counts = GuessCounts()
         self.kept = Kept()
         self.lost: set[str] = set()
@@ -91,6 +92,8 @@ class Speculation:
         """While it is set nothing is guessed."""
         self.looks = False
         """Whether guesses were asked for in this step."""
+        self.looks_around = False
+        """Whether somebody may have been new to it, and was followed from the beginning of a prompt."""
         self._company = NOBODY
         self._warm: Set[int] = frozenset()
         """Ranges of temperatures that were guessed for last."""
@@ -105,12 +108,13 @@ class Speculation:
     def draft(self, seqs: Sequence[Seq], most: int, *, may_have: bool) -> int:
         """Give trees to those of ``seqs``, all that decode, that have none: ``most`` nodes at most, those of older
         trees among them, if there may be any. Returns how many nodes there are."""
-        self.looks = False
+        self.looks = self.looks_around = False
         n_nodes = sum(len(seq.tree) for seq in seqs if seq.tree is not None) if may_have else 0
         if self.rests or not self._asking.due():
             return n_nodes
         company = self._company
-        if is_new := company.seqs != seqs:
+        if company.seqs != seqs:
+            self.looks_around = True
             company = self._company = Company(seqs, self.max_depth)
             if not company.warm <= self._warm:
                 self._asking.hope()
@@ -120,6 +124,9 @@ class Speculation:
             ask = Asked([seq for seq in ask.seqs if seq.tree is None], self.max_depth)
         if not ask.seqs or most <= n_nodes:
             return n_nodes
+        if self._clock is not None and self.policy.weighs and not self.times.known(len(seqs)):
+            self.looks = True
+            return n_nodes
         self.looks = True
         n_seen = min(self._n_seen[warm] for warm in company.warm)
         load = Load(len(seqs), most - n_nodes, self.times, margin(n_seen))
@@ -128,7 +135,7 @@ class Speculation:
         if self._clock is not None and self.policy.weighs:
             taken_s, plain_s = self._clock.now_s() - start_s, self.times.plain(load.n)
             won_s = self._won_s(trees, load.n) if trees else 0.0
-            self._asking.tell(won_s, None if is_new else taken_s, len(ask.seqs) / company.n_willing, plain_s)
+            self._asking.tell(won_s, None if self.looks_around else taken_s, len(ask.seqs) / company.n_willing, plain_s)
         for seq, tree in trees:
             seq.tree = tree
             n_nodes += len(tree)
@@ -253,6 +260,8 @@ class Speculation:
 
     def measured(self, step: Step, seconds: float) -> None:
         """The step took so long, from tick to tick; all its sequences decode."""
+        if self.looks_around:
+            return  # that belongs to a prompt
         self.times.tell(len(step.seq), step.n_rows, seconds)
 
     def forget(self, seq: Seq) -> None:
