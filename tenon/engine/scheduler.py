@@ -44,8 +44,9 @@ from tenon.models.spec import KVGroup
 RUNNING = State.RUNNING  # looked up for each sequence in each step, which an Enum makes slow
 NOBODY: list[Seq] = []
 NOBODY_LATE: frozenset[int] = frozenset()
-LANE_TELLS = 16
-"""Of a lane's steps one in so many is looked at for what it took: there are many of them, and they are alike."""
+LANE_TELLS, LANE_LOOKS = 16, 4
+"""Of a lane's steps one in so many is looked at for what it took: there are many of them, and they are alike. The
+second is where guesses are asked for."""
 
 
 class Scheduler:
@@ -198,8 +199,8 @@ class Scheduler:
                 self.tells_time = False
                 return self._assembled(self.tables.take_moves())
             self.counters.steps += 1
-            tells = self.speculation is not None and self.speculation.looks
-            self.tells_time = tells or self.counters.steps % LANE_TELLS == 0
+            looks = self.speculation is not None and self.speculation.looks
+            self.tells_time = self.counters.steps % (LANE_LOOKS if looks else LANE_TELLS) == 0
             return self._assembler.further(self.counters.steps, self.weights_version, *lane.rows)
         self.leave_lane()
         self.pending.begin_step()

@@ -22,7 +22,7 @@ def asked(it: Asking, n_steps: int, won_s: float, taken_s: float) -> int:
 
 
 def test_what_wins_more_than_it_takes_is_always_asked() -> None:
-    assert asked(Asking(), 2000, 5e-5, 4e-5) == 2000
+    assert asked(Asking(), 2000, 7e-5, 4e-5) == 2000
 
 
 @pytest.mark.parametrize("won_s", [0.0, 3e-5])

@@ -22,6 +22,9 @@ RATE: Final = 1 / 128
 """Of the step of the average to a round's win where all are held ..."""
 SELDOM_RATE: Final = 1 / 16
 """... and where few are."""
+ASKING: Final = 1.5
+"""What asking costs over what a round is seen to take: what is learned of it, and what the model's weights leave of the
+caches to those who follow texts."""
 RECENT: Final = 9
 """Rounds whose median is what one takes."""
 
@@ -55,7 +58,7 @@ class Asking:
         self._won_s += (won_s / share - self._won_s) * (RATE if held_all else SELDOM_RATE)
         self._n_vain = 0 if won_s > 0 else self._n_vain + 1
         if held_all and taken_s is not None:
-            self._taken.append(taken_s / share)
+            self._taken.append(ASKING * taken_s / share)
             if len(self._taken) > RECENT // 2:  # before that nobody can say which are outliers
                 self._taken_s = median(self._taken)
         if self._won_s >= self._taken_s:

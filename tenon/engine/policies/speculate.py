@@ -28,7 +28,7 @@ from tenon.engine.policies.forest import Bool, Forest
 
 F64 = NDArray[np.float64]
 
-MARGIN: Final = 0.1
+MARGIN: Final = 0.2
 """By how much a step with guesses has to be better than one without: a prediction's error should not decide ..."""
 BOLD: Final = 0.1
 BOLD_TREES: Final = 64

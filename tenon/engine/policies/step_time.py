@@ -95,9 +95,10 @@ class StepTimes:
             fixed, slope = self._extra.now.tolist()
             predicted_s = plain_s + fixed + slope * grown
             near_s = min(max(seconds, predicted_s / 2), 2 * predicted_s)
-            self._extra.hear(grown, (near_s - plain_s) / self._speed)
-            self._extra.settle(self._speed)
-            self._drifts.append(seconds / predicted_s)
+            if self.known(n):
+                self._extra.hear(grown, (near_s - plain_s) / self._speed)
+                self._extra.settle(self._speed)
+                self._drifts.append(seconds / predicted_s)
         elif was_guessed:
             self._after.append(seconds - plain_s)
             return

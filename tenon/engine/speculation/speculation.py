@@ -47,7 +47,9 @@ TRY_AFTER: Final = 8
 TRY_NODES: Final = 4
 """... and how many at least are verified then ..."""
 REST_EVERY: Final = 64
-"""... and of steps that have verified some, two in a row do without: all this goes for policies that weigh."""
+REST_EVERY_AT_FIRST: Final = 4
+"""... and of so many steps with something to verify, two in a row do without, the second as long as no others have been
+seen of as many sequences: all this goes for policies that weigh."""
 
 
 @dataclass
@@ -112,6 +114,7 @@ class Speculation:
         n_nodes = sum(len(seq.tree) for seq in seqs if seq.tree is not None) if may_have else 0
         if self.rests or not self._asking.due():
             return n_nodes
+        start_s = 0.0 if self._clock is None else self._clock.now_s()
         company = self._company
         if company.seqs != seqs:
             self.looks_around = True
@@ -124,13 +127,9 @@ class Speculation:
             ask = Asked([seq for seq in ask.seqs if seq.tree is None], self.max_depth)
         if not ask.seqs or most <= n_nodes:
             return n_nodes
-        if self._clock is not None and self.policy.weighs and not self.times.known(len(seqs)):
-            self.looks = True
-            return n_nodes
         self.looks = True
         n_seen = min(self._n_seen[warm] for warm in company.warm)
         load = Load(len(seqs), most - n_nodes, self.times, margin(n_seen))
-        start_s = 0.0 if self._clock is None else self._clock.now_s()
         trees = self._trees(ask, load)
         if self._clock is not None and self.policy.weighs:
             taken_s, plain_s = self._clock.now_s() - start_s, self.times.plain(load.n)
@@ -152,7 +151,7 @@ class Speculation:
                 return []
         elif self.policy.weighs:
             self._n_chosen += 1
-            if self._n_chosen % REST_EVERY < 2:
+            if self._n_chosen % (REST_EVERY if self.times.known(load.n) else REST_EVERY_AT_FIRST) < 2:
                 return []
         found = []
         for i, tree in _trees(forest, chosen):
