@@ -101,41 +101,59 @@ class Forest:
             f[here] = (f[rows, up] * p)[here]
 
 
+_MIX: Final = np.uint64(0x9E3779B97F4A7C15)
+_SHIFT: Final = np.uint64(29)
+
+
 def merged(forests: Sequence[Forest], C: int) -> Forest:
     """One trie per row of all forests' nodes, judged already: equal paths become one node, which is the likeliest of
     them; of each row the ``C`` likeliest nodes are kept. ``source`` is that of the node that was taken over.
+
+    A path goes by a hash of 64 bits. A node is at least as likely as any that is below it in its own forest, and so as
+    any below it in the trie: the likeliest are a trie too.
     """
     if len(forests) == 1:
         return forests[0]
-    n = forests[0].shape[0]
+    n, widths = forests[0].shape[0], [forest.shape[1] for forest in forests]
+    W = sum(widths)
+    shift = np.repeat(np.cumsum(widths) - widths, widths)
+
+    def side_by_side(name: str) -> NDArray[np.generic]:
+        return np.concatenate([getattr(forest, name) for forest in forests], axis=1)
+
+    parent = side_by_side("parent").astype(np.int64)
+    above = np.where(parent < 0, -1, parent + shift + W * np.arange(n)[:, None]).ravel()
+    depth, token = side_by_side("depth").ravel(), side_by_side("token").ravel().astype(np.uint64)
+    f: F32 = np.concatenate([forest.f for forest in forests], axis=1).ravel()
+    path = _paths(depth, token, above)
+    places = np.flatnonzero(depth)
+    row = places // W
+    order = np.lexsort((-f[places], path[places], row))
+    first = np.ones(len(order), np.bool_)
+    first[1:] = (np.diff(row[order]) != 0) | (np.diff(path[places][order]) != 0)
+    node_of = np.zeros(n * W, np.int64)  # of each place, its node in the trie
+    node_of[places[order]] = np.cumsum(first) - 1
+    best = places[order[first]]  # of each node, the place that is taken over
+    ranked = np.lexsort((best, depth[best], -f[best], best // W))
+    row = best[ranked] // W
+    column = np.arange(len(best)) - np.searchsorted(row, row)
+    column_of = np.zeros(len(best), np.int64)
+    column_of[ranked] = column
+    kept = column < C
+    row, column, place = row[kept], column[kept], best[ranked[kept]]
     out = Forest.empty(n, C)
-    for i in range(n):
-        place: dict[tuple[int, int], int] = {}
-        nodes: list[tuple[float, int, int, int, int, int, float]] = []
-        for forest in forests:
-            at: dict[int, int] = {-1: -1}
-            for c in range(int(np.count_nonzero(forest.depth[i]))):
-                parent, token = at[int(forest.parent[i, c])], int(forest.token[i, c])
-                node = (
-                    float(forest.f[i, c]), parent, token, int(forest.depth[i, c]), int(forest.rank[i, c]),
-                    int(forest.source[i, c]), float(forest.q[i, c]),
-                )  # fmt: skip
-                known = place.setdefault((parent, token), len(nodes))
-                if known == len(nodes):
-                    nodes.append(node)
-                elif node[0] > nodes[known][0]:
-                    nodes[known] = node
-                at[c] = known
-        # A node is at least as likely as any that is below it, so the likeliest are a tree; parents stand first.
-        for known, node in enumerate(nodes):
-            if node[1] >= 0 and nodes[node[1]][0] < node[0]:
-                nodes[known] = (nodes[node[1]][0], *node[1:])
-        kept = sorted(range(len(nodes)), key=lambda k: (-nodes[k][0], k))[:C]
-        column = {k: c for c, k in enumerate(kept)}
-        column[-1] = -1
-        for k, c in column.items():
-            if k >= 0:
-                f, parent, token, depth, rank, source, q = nodes[k]
-                out.f[i, c], out.q[i, c], out.token[i, c], out.depth[i, c] = f, q, token, depth
-                out.rank[i, c], out.source[i, c], out.parent[i, c] = rank, source, column[parent]
+    out.parent[row, column] = np.where(above[place] < 0, -1, column_of[node_of[above[place]]])
+    for name in ("token", "depth", "rank", "source", "q", "f"):
+        getattr(out, name)[row, column] = side_by_side(name).ravel()[place]
     return out
+
+
+def _paths(depth: NDArray[np.generic], token: NDArray[np.uint64], above: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A number for each place's path of tokens; ``above`` is its parent's place, -1: the root."""
+    path = np.zeros(len(token), np.uint64)
+    for at in range(1, int(depth.max(initial=0)) + 1):
+        here = np.flatnonzero(depth == at)
+        up = path[above[here]] if at > 1 else np.full(len(here), _MIX)
+        mixed = (up ^ (up >> _SHIFT)) * _MIX + token[here] + np.uint64(1)
+        path[here] = (mixed ^ (mixed >> _SHIFT)) * _MIX
+    return path

@@ -122,10 +122,6 @@ class StepTimes:
         self._plain.settle(self._speed)
         self._extra.settle(self._speed)
 
-    def table(self) -> list[tuple[int, float, float]]:
-        """Rows; seconds as measured at the start, and as they are now without guesses."""
-        return list(zip(KNOTS, self._base.tolist(), self._plain.seconds.tolist(), strict=True))
-
 
 def _at(rows: int, seconds_K: F64) -> float:
     """Linear between knots: numpy's interp of one number, in a third of the time."""
