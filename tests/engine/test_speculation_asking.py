@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tenon.engine.policies.asking import LONG, SELDOM, Asking
+from tenon.engine.policies.asking import LONG, SELDOM, TURN, Asking
 
 STEP_S = 1e-3
 
@@ -42,6 +42,16 @@ def test_guesses_that_pay_again_are_found() -> None:
     assert it.one_in == SELDOM[1]
     asked(it, 20 * SELDOM[1], 2e-4, 4e-5)
     assert it.one_in == 1
+
+
+def test_everybody_has_a_turn() -> None:
+    it, turns = Asking(), set()
+    for _ in range(1000 + TURN * SELDOM[1]):
+        if it.due():
+            if it.one_in == SELDOM[1]:
+                turns.add(it.turn)
+            it.tell(0.0, 4e-5 / it.one_in, 1 / it.one_in, STEP_S)
+    assert turns == set(range(SELDOM[1]))
 
 
 def test_others_are_asked_with_hope() -> None:

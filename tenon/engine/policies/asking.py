@@ -16,6 +16,8 @@ SELDOM: Final = (4, 16)
 """One step in so many has a round, over one sequence in so many; the second after long without a guess."""
 LONG: Final = 32
 """Rounds."""
+TURN: Final = 256
+"""Steps after which it is others who are asked."""
 HOPE: Final = 1.0
 """What a round is thought to win before anything is known, in steps."""
 RATE: Final = 1 / 128
@@ -30,7 +32,8 @@ RECENT: Final = 9
 
 
 class Asking:
-    """Ask ``due`` once a step; where it is, hold a round over one in ``one_in`` sequences, and tell."""
+    """Ask ``due`` once a step; where it is, hold a round over one in ``one_in`` sequences, those whose ``turn`` it is, and
+    tell."""
 
     def __init__(self) -> None:
         self.one_in = 1
@@ -43,6 +46,11 @@ class Asking:
         """Whether there is a round in this step."""
         self.n_steps += 1
         return self.one_in == 1 or self.n_steps % self.one_in == 0
+
+    @property
+    def turn(self) -> int:
+        """Of sequences those whose numbers leave this, divided by ``one_in``."""
+        return self.n_steps // TURN % self.one_in
 
     def hope(self) -> None:
         """Others ask than before."""

@@ -38,17 +38,17 @@ class Company:
     def __init__(self, seqs: Sequence[Seq], max_depth: int) -> None:
         self.seqs = list(seqs)
         self._willing, self._max_depth = [seq for seq in seqs if seq.request.add.speculate], max_depth
-        self._asked: dict[int, Asked] = {}
+        self._asked: dict[tuple[int, int], Asked] = {}
         self.warm = frozenset(warmth(seq.request.add.temperature) for seq in self._willing)
         """Ranges of temperatures at which guesses are wanted."""
         self.n_willing = len(self._willing)
 
-    def asked(self, one_in: int = 1) -> Asked:
-        """Those who want trees, or one in so many: whoever is among them stays so."""
-        if one_in not in self._asked:
-            seqs = [seq for seq in self._willing if seq.id % one_in == 0]
-            self._asked[one_in] = Asked(seqs, self._max_depth)
-        return self._asked[one_in]
+    def asked(self, one_in: int, turn: int) -> Asked:
+        """Those who want trees, or of these one in so many."""
+        if (one_in, turn) not in self._asked:
+            seqs = [seq for seq in self._willing if seq.id % one_in == turn]
+            self._asked[one_in, turn] = Asked(seqs, self._max_depth)
+        return self._asked[one_in, turn]
 
 
 NOBODY: Final = Company((), 0)

@@ -122,7 +122,7 @@ class Speculation:
             if not company.warm <= self._warm:
                 self._asking.hope()
             self._warm = company.warm
-        ask = company.asked(self._asking.one_in)
+        ask = company.asked(self._asking.one_in, self._asking.turn)
         if n_nodes:
             ask = Asked([seq for seq in ask.seqs if seq.tree is None], self.max_depth)
         if not ask.seqs or most <= n_nodes:
