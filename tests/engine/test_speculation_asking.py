@@ -16,8 +16,7 @@ def asked(it: Asking, n_steps: int, won_s: float, taken_s: float) -> int:
     for _ in range(n_steps):
         if it.due():
             n_rounds += 1
-            share = 1 / it.one_in
-            it.tell(won_s * share, taken_s * share, share, STEP_S)
+            it.tell(won_s, taken_s, STEP_S)
     return n_rounds
 
 
@@ -50,7 +49,7 @@ def test_everybody_has_a_turn() -> None:
         if it.due():
             if it.one_in == SELDOM[1]:
                 turns.add(it.turn)
-            it.tell(0.0, 4e-5 / it.one_in, 1 / it.one_in, STEP_S)
+            it.tell(0.0, 4e-5, STEP_S)
     assert turns == set(range(SELDOM[1]))
 
 
@@ -64,8 +63,8 @@ def test_others_are_asked_with_hope() -> None:
 def test_rounds_with_newcomers_say_nothing_of_what_one_takes() -> None:
     it = Asking()
     for _ in range(200):
-        it.tell(2e-5, None, 1.0, STEP_S)
-        it.tell(2e-5, 1e-5, 1.0, STEP_S)
+        it.tell(2e-5, None, STEP_S)
+        it.tell(2e-5, 1e-5, STEP_S)
     assert it.one_in == 1
 
 
@@ -77,6 +76,5 @@ def test_seldom_wins_are_weighed_by_how_often_they_come() -> None:
         for _ in range(4000):
             if it.due():
                 held += 1
-                share = 1 / it.one_in
-                it.tell(each_s * share * (rng.random() < 0.2), 4e-5 * share, share, STEP_S)
+                it.tell(each_s * (rng.random() < 0.2), 4e-5, STEP_S)
         assert (held > 2000) == (it is worth)

@@ -32,8 +32,8 @@ RECENT: Final = 9
 
 
 class Asking:
-    """Ask ``due`` once a step; where it is, hold a round over one in ``one_in`` sequences, those whose ``turn`` it is, and
-    tell."""
+    """Ask ``due`` once a step; where it is, hold a round over one in ``one_in`` sequences, those whose ``turn`` it is,
+    and tell."""
 
     def __init__(self) -> None:
         self.one_in = 1
@@ -56,17 +56,17 @@ class Asking:
         """Others ask than before."""
         self.one_in, self._won_s, self._n_vain = 1, None, 0
 
-    def tell(self, won_s: float, taken_s: float | None, share: float, step_s: float) -> None:
-        """A round over this share of the sequences was held: what it wins, 0 where nothing was worth it, and what it
-        took, None where that says little: whoever is new is followed from the beginning of a prompt. A step takes
+    def tell(self, won_s: float, taken_s: float | None, step_s: float) -> None:
+        """A round was held: what it wins, or would were everybody asked, 0 where nothing is worth it, and what it took,
+        None where that says little: whoever is new is followed from the beginning of a prompt. A step takes
         ``step_s``."""
         held_all = self.one_in == 1
         if self._won_s is None:
             self._won_s = HOPE * step_s
-        self._won_s += (won_s / share - self._won_s) * (RATE if held_all else SELDOM_RATE)
+        self._won_s += (won_s - self._won_s) * (RATE if held_all else SELDOM_RATE)
         self._n_vain = 0 if won_s > 0 else self._n_vain + 1
         if held_all and taken_s is not None:
-            self._taken.append(ASKING * taken_s / share)
+            self._taken.append(ASKING * taken_s)
             if len(self._taken) > RECENT // 2:  # before that nobody can say which are outliers
                 self._taken_s = median(self._taken)
         if self._won_s >= self._taken_s:

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tenon.base.clock import Clock
 from tenon.engine.messages import Guesses
@@ -130,29 +131,34 @@ class Speculation:
         self.looks = True
         n_seen = min(self._n_seen[warm] for warm in company.warm)
         load = Load(len(seqs), most - n_nodes, self.times, margin(n_seen))
-        trees = self._trees(ask, load)
+        forest, trees = self._trees(ask, load)
         if self._clock is not None and self.policy.weighs:
             taken_s, plain_s = self._clock.now_s() - start_s, self.times.plain(load.n)
-            won_s = self._won_s(trees, load.n) if trees else 0.0
-            self._asking.tell(won_s, None if self.looks_around else taken_s, len(ask.seqs) / company.n_willing, plain_s)
+            share = len(ask.seqs) / company.n_willing
+            won_s = 0.0
+            if forest is not None and share < 1:
+                won_s = self._would_win_s(forest, load, share)
+            elif trees:
+                won_s = self._won_s(trees, load.n)
+            self._asking.tell(won_s, None if self.looks_around else taken_s, plain_s)
         for seq, tree in trees:
             seq.tree = tree
             n_nodes += len(tree)
         return n_nodes
 
-    def _trees(self, ask: Asked, load: Load) -> list[tuple[Seq, Tree]]:
-        """Who gets one."""
+    def _trees(self, ask: Asked, load: Load) -> tuple[Forest | None, list[tuple[Seq, Tree]]]:
+        """What is guessed, and who gets a tree of it."""
         forest, chosen = self._round(ask, load)
         if forest is None:
-            return []
+            return None, []
         if chosen is None or not chosen.any():
             chosen = self._tried(forest, load) if self.policy.weighs else None
             if chosen is None:
-                return []
+                return forest, []
         elif self.policy.weighs:
             self._n_chosen += 1
             if self._n_chosen % (REST_EVERY if self.times.known(load.n) else REST_EVERY_AT_FIRST) < 2:
-                return []
+                return forest, []
         found = []
         for i, tree in _trees(forest, chosen):
             seq = ask.seqs[i]
@@ -161,7 +167,7 @@ class Speculation:
                 tree = tree.without(seq.binding.marks)
             if len(tree):
                 found.append((seq, tree))
-        return found
+        return forest, found
 
     def _tried(self, forest: Forest, load: Load) -> Bool | None:
         """The likeliest nodes, where it is time to see whether it is right to refuse them."""
@@ -179,6 +185,17 @@ class Speculation:
         chosen = np.zeros(forest.shape, np.bool_)
         chosen.ravel()[places] = True
         return chosen
+
+    def _would_win_s(self, forest: Forest, load: Load, share: float) -> float:
+        """``_won_s`` of a step in which everybody has guesses like this share of them: what trees cost whatever their
+        size is shared by all then."""
+        f: NDArray[np.float64] = -np.sort(-forest.f[forest.f > 0].astype(np.float64))
+        n, plain_s = load.n, self.times.plain(load.n)
+        rows = n + np.ceil(np.arange(1, len(f) + 1) / share).astype(np.int64)
+        alone_s = (1 + np.cumsum(f) / share / n) * plain_s
+        costs_s = self.times.guessed(n, rows)
+        won_s = np.where(alone_s >= costs_s * (1 + load.margin), alone_s - costs_s, 0.0)
+        return float(won_s.max(initial=0.0))
 
     def _won_s(self, trees: list[tuple[Seq, Tree]], n: int) -> float:
         """How much sooner the step is thought to come to as many tokens than plain ones would; 0 where later."""
