@@ -39,7 +39,7 @@ def test_guesses_that_pay_again_are_found() -> None:
     it = Asking()
     asked(it, 1000, 0.0, 4e-5)
     assert it.one_in == SELDOM[1]
-    asked(it, 20 * SELDOM[1], 2e-4, 4e-5)
+    asked(it, 30 * SELDOM[1], 2e-4, 4e-5)
     assert it.one_in == 1
 
 

@@ -22,7 +22,7 @@ HOPE: Final = 1.0
 """What a round is thought to win before anything is known, in steps."""
 RATE: Final = 1 / 128
 """Of the step of the average to a round's win where all are held ..."""
-SELDOM_RATE: Final = 1 / 16
+SELDOM_RATE: Final = 1 / 64
 """... and where few are."""
 ASKING: Final = 1.5
 """What asking costs over what a round is seen to take: what is learned of it, and what the model's weights leave of the
