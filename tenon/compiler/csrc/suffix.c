@@ -117,11 +117,6 @@ automaton_t *tenon_suffix_new(void)
     return a;
 }
 
-int64_t tenon_suffix_bytes(const automaton_t *a)
-{
-    return a->room_states * sizeof(state_t) + a->room_edges * sizeof(edge_t) + a->n_slots * sizeof(int32_t);
-}
-
 // The next string begins: what is added from now on follows nothing.
 void tenon_suffix_begin(automaton_t *a) { a->last = ROOT; }
 
