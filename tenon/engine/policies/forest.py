@@ -72,19 +72,18 @@ class Forest:
         return bool((self.depth[used] == np.broadcast_to(np.arange(1, C + 1, dtype=np.int8), (n, C))[used]).all())
 
     def spine(self) -> Bool:
-        """(n, C) the chain from each root along the likeliest child of each node. Ranks do not say which that is:
-        of children from several drafters each has its own first."""
-        n, C = self.shape
-        rows = np.arange(n)[:, None]
-        place = np.flatnonzero(self.depth)
-        family = (self.parent + np.int64(1) + rows * (C + 1)).ravel()[place]
-        place = place[np.lexsort((-self.f.ravel()[place], family))]  # of equals the earlier
-        on: Bool = np.zeros((n, C), np.bool_)
-        on.ravel()[place[np.diff(np.sort(family), prepend=-1) > 0]] = True
-        up = np.maximum(self.parent, 0)
-        for depth in range(2, int(self.depth.max(initial=0)) + 1):
-            here = self.depth == depth
-            on &= ~here | on[rows, up]
+        """(n, C) the chain from each root along the likeliest child of each node, of equals the earlier. Ranks do not
+        say which that is: of children from several drafters each has its own first."""
+        f = np.where(self.depth > 0, self.f, -1)
+        on: Bool = np.zeros(self.shape, np.bool_)
+        rows = np.arange(len(f))
+        at = np.full(len(f), -1, np.int64)  # the last node of each row's chain; -1 is the root
+        for _ in range(int(self.depth.max(initial=0))):
+            children = np.where(self.parent[rows] == at[:, None], f[rows], -1)
+            best = children.argmax(axis=1)
+            goes_on = children[np.arange(len(rows)), best] >= 0
+            rows, at = rows[goes_on], best[goes_on]
+            on[rows, at] = True
         return on
 
     def multiply(self, p: F32) -> None:
