@@ -58,6 +58,17 @@ def chosen(forest: Forest, policy: str, load: Load) -> Bool:
     return np.zeros(forest.shape, np.bool_) if mask is None else mask
 
 
+@given(forest=FORESTS)
+def test_the_spine_goes_from_each_root_to_the_likeliest_child_until_there_is_none(forest: Forest) -> None:
+    walked = np.zeros(forest.shape, np.bool_)
+    for i in range(forest.shape[0]):
+        at = -1
+        while children := [c for c in np.flatnonzero(forest.depth[i]) if forest.parent[i, c] == at]:
+            at = max(children, key=lambda c: forest.f[i, c])  # of equals the first
+            walked[i, at] = True
+    assert np.array_equal(forest.spine(), walked)
+
+
 @pytest.mark.parametrize("policy", SPECULATES)
 @given(forest=FORESTS, drawn=LOADS)
 @settings(max_examples=40)
