@@ -149,7 +149,7 @@ class Steps:
 
         engine = self._engine
         groups = engine.scheduler.tables.pools
-        found = step_times(engine.executor, groups, engine.identity.n_blocks, self._config, clock.SYSTEM)  # type: ignore[arg-type]
+        found = step_times(engine.executor, groups, engine.identity.n_blocks, self._config, clock.SYSTEM, 2.0, 4096)  # type: ignore[arg-type]
         metrics = {f"ms_{rows}": 1e3 * found[rows] for rows in ROWS}
         knee = next((rows for rows in ROWS if found[rows] >= 2 * found[1]), ROWS[-1])
         return metrics | {"knee_rows": float(knee)}
@@ -170,8 +170,9 @@ class Choosing:
 
         from tenon.engine.policies.calibrate import Calibrator
         from tenon.engine.policies.forest import Forest
-        from tenon.engine.policies.speculate import SPECULATES, Load
+        from tenon.engine.policies.speculate import Load
         from tenon.engine.policies.step_time import StepTimes
+        from tenon.engine.policies.table import SPECULATES
         from tenon.engine.speculation import native
 
         n, room, self._rounds = cell["sequences"], cell["guesses"], cell["rounds"]

@@ -13,8 +13,7 @@ from tenon.engine.config import MAX_NODES, EngineConfig
 from tenon.engine.messages import Ready
 from tenon.engine.policies.chunk import CHUNKS
 from tenon.engine.policies.forest import MAX_DEPTH
-from tenon.engine.policies.speculate import SPECULATES
-from tenon.engine.policies.table import POLICIES
+from tenon.engine.policies.table import POLICIES, SPECULATES
 from tenon.server.limits import Limits
 from tenon.server.logs import FORMATS, LEVELS, LogConsole
 from tenon.server.run import ServeConfig, serve

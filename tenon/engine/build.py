@@ -15,10 +15,11 @@ from tenon.engine.engine import Engine, Identity
 from tenon.engine.executors.base import Executor
 from tenon.engine.executors.isolated import Isolated
 from tenon.engine.grammar import Masks, Vocabulary
+from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.recompute import recompute_cost
 from tenon.engine.scheduler import Scheduler
 from tenon.engine.speculation.build import Draft, build_speculation, check_vocabulary
-from tenon.engine.speculation.measure import step_times
+from tenon.engine.speculation.measure import LIMIT_ALONE_S, LIMIT_S, step_times
 from tenon.models.generation import read_generation
 from tenon.models.hf_config import read_config
 from tenon.models.hub import resolve
@@ -110,14 +111,18 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
     masks = Masks(Vocabulary(str(folder), spec.vocab_size, eos_ids), n_masks, clock)
     measured = {1: config.step_ms / 1e3 if config.step_ms else 1e-3}
     draft = None
-    if config.drafters and config.executor != "hash":
+    if config.executor != "hash" and generates:
         on_phase("steps", 0.0, "how long steps take")
-        measured = step_times(executor, groups, memory.n_blocks, config, clock)
+        limit_s = LIMIT_S if config.drafters else LIMIT_ALONE_S
+        measured = step_times(executor, groups, memory.n_blocks, config, clock, limit_s, memory.max_model_len)
         on_phase("steps", 1.0, f"{min(measured.values()) * 1e3:.2f} ms and more")
     if draft_executor is not None and drafting is not None:
         draft_measured = dict(measured)
         if config.executor != "hash":
-            draft_measured = step_times(draft_executor, draft_groups, memory.n_blocks, config, clock)
+            draft_len = drafting[1].max_position
+            draft_measured = step_times(
+                draft_executor, draft_groups, memory.n_blocks, config, clock, LIMIT_S, draft_len
+            )
         draft = Draft(draft_executor, draft_groups, memory.n_blocks, drafting[1].max_position, draft_measured)
     caps, predicted = executor.caps, Predictor(None, "")
     if config.chunk == "adaptive":
@@ -135,6 +140,7 @@ def build_engine(config: EngineConfig, on_phase: OnPhase, clock: Clock = SYSTEM)
         chunks=Chunks(config, groups, predicted.step_s),
         masks=masks,
         speculation=build_speculation(config, measured, spec.vocab_size, draft, clock),
+        times=StepTimes(measured),
     )
     identity = Identity(
         name=name,

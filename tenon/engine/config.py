@@ -14,8 +14,8 @@ from typing import Any, Literal
 from tenon.base.errors import ConfigError
 from tenon.engine.policies.chunk import CHUNKS
 from tenon.engine.policies.forest import MAX_DEPTH
-from tenon.engine.policies.speculate import SPECULATES
-from tenon.engine.policies.table import POLICIES
+from tenon.engine.policies.order import ORDERS
+from tenon.engine.policies.table import BUDGETED, POLICIES, SPECULATES
 
 DRAFTERS = ("ngram", "suffix")
 MAX_NODES = 256
@@ -33,14 +33,18 @@ class EngineConfig:
     ever need, and keeps them. ``numerics``: "invariant" promises that a row's bits do not depend on what else is in the
     step, and is refused where that cannot be kept; "fast" takes what there is. ``reuse``: which resident blocks of a
     context a request takes over: all of them, beyond holes too, or the leading ones only, as most engines do.
-    ``pending``: whether blocks that a running request is computing are shared with those that come with the same tokens
-    meanwhile, who wait for them, or each computes its own. ``chunk``: rows of prompts in a step with decodes: "fixed"
-    takes what has room, "adaptive" as many as keep a step within ``tpot_ms``, milliseconds between two tokens of a
-    sequence, which it requires, "threshold" fewer the more sequences decode; neither goes under ``min_chunk_tokens``.
+    ``order``: who of those who wait comes in first: by arrival ("fifo"), by when first tokens are due ("edf"), or so
+    that each tenant with requests gets as much of the device as any other ("fair"). ``pending``: whether blocks that a
+    running request is computing are shared with those that come with the same tokens meanwhile, who wait for them, or
+    each computes its own. ``chunk``: rows of prompts in a step with decodes: "fixed" takes what has room, "adaptive" as
+    many as keep a step within ``tpot_ms``, milliseconds between two tokens of a sequence, which it requires,
+    "threshold" fewer the more sequences decode; neither goes under ``min_chunk_tokens``.
+    ``prompts``: computed "beside" decodes, or "first", in steps of their own, as engines did before they were chunked.
     ``speculative``: who guesses what sequences say next, separated by commas: "ngram", "suffix", and at most one draft
     model as ``model`` names one ("embedded-draft"), of the same tokenizer; nobody where it is empty. What is guessed is
     verified in the steps that ``speculative_policy`` chooses, at most ``speculative_depth`` tokens ahead and
-    ``speculative_nodes`` of them a sequence: outputs stay the same."""
+    ``speculative_nodes`` of them a sequence; ``speculative_budget`` are all rows of a step together, where a policy
+    has a fixed budget. Outputs stay the same."""
 
     model: str = "embedded"
     executor: Literal["torch", "hash"] = "torch"
@@ -58,7 +62,9 @@ class EngineConfig:
     reuse: Literal["blocks", "prefix"] = "blocks"
     pending: Literal["share", "private"] = "share"
     evict: str = "lru"
+    order: str = "fifo"
     chunk: Literal["fixed", "adaptive", "threshold"] = "fixed"
+    prompts: Literal["beside", "first"] = "beside"
     tpot_ms: float | None = None
     min_chunk_tokens: int = 64
     threads: int | None = None
@@ -66,6 +72,7 @@ class EngineConfig:
     speculative_policy: str = "pays"
     speculative_depth: int = 8
     speculative_nodes: int = 16
+    speculative_budget: int | None = None
     weights_seed: int | None = None
     """Random weights from this seed instead of the checkpoint's: for benchmarks of shapes."""
     step_ms: float | None = None
@@ -83,6 +90,8 @@ class EngineConfig:
         require(self.reuse in ("blocks", "prefix"), "reuse", "'blocks' or 'prefix'")
         require(self.pending in ("share", "private"), "pending", "'share' or 'private'")
         require(self.evict in POLICIES, "evict", f"one of {', '.join(map(repr, POLICIES))}")
+        require(self.prompts in ("beside", "first"), "prompts", "'beside' or 'first'")
+        require(self.order in ORDERS, "order", f"one of {', '.join(map(repr, ORDERS))}")
         require(self.chunk in CHUNKS, "chunk", f"one of {', '.join(map(repr, CHUNKS))}")
         require(self.tpot_ms is None or 0 < self.tpot_ms < math.inf, "tpot_ms", "above 0, or left out")
         require(self.step_ms is None or 0 < self.step_ms < math.inf, "step_ms", "above 0, or left out")
@@ -95,6 +104,9 @@ class EngineConfig:
         require(self.speculative_policy in SPECULATES, "speculative_policy", policies)
         require(1 <= self.speculative_depth <= MAX_DEPTH, "speculative_depth", f"from 1 to {MAX_DEPTH}")
         require(1 <= self.speculative_nodes <= MAX_NODES, "speculative_nodes", f"from 1 to {MAX_NODES}")
+        budgeted = f"left out, or at least 1 with one of the policies {', '.join(map(repr, BUDGETED))}"
+        budget_fits = self.speculative_policy in BUDGETED and (self.speculative_budget or 0) >= 1
+        require(self.speculative_budget is None or budget_fits, "speculative_budget", budgeted)
         for name in ("max_step_tokens", "max_sequences", "min_chunk_tokens"):
             require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_waiting", "max_preemptions"):

@@ -30,6 +30,7 @@ from tenon.engine.messages import (
     Trees,
     Verified,
 )
+from tenon.engine.promises import Ledger
 from tenon.engine.residency import residency
 from tenon.engine.scheduler import Scheduler
 
@@ -93,6 +94,7 @@ class Engine:
         if add.embed is None and not self.identity.generates:
             said = "this model has no output layer: it makes embeddings and generates nothing"
             raise RequestError(said, param="model", code="unsupported")
+        self.scheduler.at(self._clock.now_s())
         return self.scheduler.add(add)
 
     def abort(self, request_id: str, index: int = -1, *, reason: str = "abort") -> bool:
@@ -112,12 +114,21 @@ class Engine:
         result = self.executor.poll(self.executor.submit(step))
         n_running = len(self.scheduler.running)
         deltas = self.scheduler.commit(step, result)
+        if not self.scheduler.has_work:
+            self.scheduler.ledgers.idle()
         self._step_s = self._clock.now_s() - begin_s
         self._bookkeeping_s = self._step_s - (result.end_s - result.start_s)
         self.scheduler.chunks.measured(step, self._step_s)
         speculation = self.scheduler.speculation
-        if speculation is not None and self.scheduler.tells_time and len(self.scheduler.running) == n_running:
-            speculation.measured(step, self._step_s)
+        if len(self.scheduler.running) == n_running:
+            times = self.scheduler.forecasts.times
+            if self.scheduler.prompt_rows:
+                n = len(step.seq) - self.scheduler.prompt_spans
+                times.tell_mixed(n, step.n_rows, self.scheduler.prompt_rows, self._step_s)
+            elif self.scheduler.tells_time and speculation is None:
+                times.tell(len(step.seq), step.n_rows, self._step_s)
+            elif self.scheduler.tells_time and speculation is not None:
+                speculation.measured(step, self._step_s)
         return deltas
 
     def stats(self, now_s: float) -> Stats:
@@ -154,6 +165,10 @@ class Engine:
     def take_misses(self) -> list[Misses]:
         """What the cache had for requests that came in since this was last called."""
         return self.scheduler.explain.take()
+
+    def take_ledgers(self) -> list[Ledger]:
+        """Of sequences that ended since this was last called: where their time went."""
+        return self.scheduler.ledgers.take()
 
     def take_prompt_scores(self) -> list[PromptScores]:
         """What was scored of prompts since this was last called."""

@@ -1,5 +1,5 @@
-"""A waiting sequence comes in: what of its context is resident or pending is taken over, blocks are taken for the
-rest."""
+"""Sequences come in: one that waited, with what of its context is resident or pending and blocks for the rest; its
+siblings, with what it has computed of their prompt; and who waited for blocks that another was to compute gets them."""
 
 from __future__ import annotations
 
@@ -55,6 +55,31 @@ def enter(scheduler: Scheduler, seq: Seq) -> bool:
         taken = runs_of(sorted((*cached, *awaited)), size)
         scheduler.counters.holes += sum(start > 0 for start, _ in taken)
     return True
+
+
+def fork(scheduler: Scheduler, first: Seq) -> None:
+    """The prompt is computed: siblings share its blocks."""
+    for sibling in first.request.seqs[1:]:
+        scheduler.tables.fork(first, sibling)
+        scheduler.ledgers.forked(first, sibling)
+        sibling.turn = first.turn
+        scheduler.running.append(sibling)
+    scheduler.running.sort(key=lambda s: (s.request.order, s.index))
+    for seq in first.request.seqs:
+        seq.heirs = [seq]
+    first.request.forked = True
+
+
+def hand_over(scheduler: Scheduler, seq: Seq) -> None:
+    """What the sequence has computed is there for those who waited for it."""
+    size, counters = scheduler.config.block_tokens, scheduler.counters
+    for i, waiter in scheduler.pending.computed(seq):
+        for pool, table in zip(scheduler.pools, seq.tables, strict=True):
+            pool.use(int(table[i]), waiter.turn)
+        counters.pending_tokens += size
+        if waiter.n_preempted == 0:
+            waiter.request.cached_tokens += size
+            counters.cached_tokens += size
 
 
 def _n_offered(scheduler: Scheduler) -> int:

@@ -195,6 +195,11 @@ class Explainer:
         """Runs of positions [start, end) that it took over when it last came in, perhaps drawn together."""
         return self._hits.get(seq.id, [])
 
+    def evicted(self, seq: Seq) -> tuple[Run, ...]:
+        """Runs of positions of its prompt that had been in the cache when it first came in, the costliest."""
+        misses = self.kept.get(seq.request.add.request_id)
+        return () if misses is None else tuple((run.start, run.end) for run in misses.runs if run.kind == "evicted")
+
     def take(self) -> list[Misses]:
         """Of requests that came in since this was last called (the newest of them), with the costliest runs alone."""
         told = [

@@ -80,6 +80,11 @@ class Lane:
         return True
 
     @property
+    def further(self) -> bool:
+        """Whether this is not its first step."""
+        return self._n_further > 0
+
+    @property
     def rows(self) -> tuple[I32, I32, list[int]]:
         """(S,) tokens and (S,) positions of the step that was reserved; which rows, in order, are the first of their
         blocks."""

@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 from tenon.base.errors import ProtocolError
+from tenon.engine.promises import Forecast, Ledger, Slo
 
 MAX_FRAME_BYTES: Final = 64 * 2**20
 _HEADER = struct.Struct("<I")
@@ -72,6 +73,7 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
     """-1: the prompt's tokens are not scored; 0: their log-probabilities; k: also the k best of each position."""
     tenant: str = ""
     slo_class: str = ""
+    slo: Slo | None = None
     arrival_s: float = 0.0
     index: int = 0
     outputs: tuple[int, ...] = ()
@@ -143,8 +145,11 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    """``forecast``: of a request that is promised something."""
+
     request_id: str
     cached_tokens: int = 0
+    forecast: Forecast | None = None
 
 
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
@@ -371,6 +376,7 @@ FromEngine = (
     | PromptScores
     | Embedded
     | Outputs
+    | Ledger
     | Stats
     | KVEvents
     | Residency

@@ -10,6 +10,7 @@ all blocks it can ever need are free, takes them at once, and is left alone: pre
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -22,21 +23,25 @@ from tenon.engine.blocks import BlockPool, root_digest
 from tenon.engine.chunks import Chunks
 from tenon.engine.config import EngineConfig
 from tenon.engine.counters import Counters
-from tenon.engine.entry import enter
+from tenon.engine.entry import enter, fork, hand_over
 from tenon.engine.explain import Explainer
+from tenon.engine.forecasts import Forecasts
 from tenon.engine.grammar import Masks, begin
+from tenon.engine.guesses import draft, grow_trees, take_over
 from tenon.engine.integrity import check_integrity
 from tenon.engine.lane import Lane
+from tenon.engine.ledger import Ledgers, nothing_known
 from tenon.engine.messages import Accepted, Add, Delta, Embedded, PromptScores
 from tenon.engine.pending import Pending
 from tenon.engine.policies.evict import Evict
+from tenon.engine.policies.order import ORDERS, Coming
+from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.policies.table import POLICIES
 from tenon.engine.pooling import pooled, with_hidden
 from tenon.engine.recompute import CostOf, alike
 from tenon.engine.scoring import output_scores, told, with_scores
 from tenon.engine.sequence import Request, Seq, State
 from tenon.engine.speculation.speculation import Speculation
-from tenon.engine.speculation.tree import Tree, walk
 from tenon.engine.step import Step, StepResult
 from tenon.engine.tables import Move, Tables
 from tenon.models.spec import KVGroup
@@ -44,9 +49,15 @@ from tenon.models.spec import KVGroup
 RUNNING = State.RUNNING  # looked up for each sequence in each step, which an Enum makes slow
 NOBODY: list[Seq] = []
 NOBODY_LATE: frozenset[int] = frozenset()
+UNKNOWN_S = 1e-3
+"""Of a step, before any has been seen."""
 LANE_TELLS, LANE_LOOKS = 16, 4
 """Of a lane's steps one in so many is looked at for what it took: there are many of them, and they are alike. The
 second is where guesses are asked for."""
+
+
+def _turn(seq: Seq) -> tuple[float, int, int]:
+    return seq.request.due_s, seq.request.order, seq.index
 
 
 class Scheduler:
@@ -68,11 +79,13 @@ class Scheduler:
         make_evict: Callable[[], Evict] | None = None,
         masks: Masks | None = None,
         speculation: Speculation | None = None,
+        times: StepTimes | None = None,
     ) -> None:
         """``cost_of``: what a block at a position costs to compute once more, for policies to weigh. ``chunks``: rows
         of each step; by default the config's policy, which learns what steps take. ``make_evict``: another eviction
         policy than the config's. ``masks``: of grammars; without, no request may have one. ``speculation``: drafts what
-        running sequences may say next; without, each step gives each of them one token."""
+        running sequences may say next; without, each step gives each of them one token. ``times``: how long steps take,
+        where there is no ``speculation``, which has its own; without, that is learned from the first on."""
         self.config = config
         self.model = model
         self.vocab_size = vocab_size
@@ -92,7 +105,12 @@ class Scheduler:
         self.prompt_scores: list[PromptScores] = []
         self.embedded: list[Embedded] = []
         """Not yet taken by whoever sends them."""
+        self.ledgers = Ledgers(nothing_known if speculation is None else speculation.split)
+        known = StepTimes({1: UNKNOWN_S}) if times is None else times
+        self.forecasts = Forecasts(known if speculation is None else speculation.times)
+        self.now_s = 0.0
         self.pending = Pending()
+        self.order = ORDERS[config.order]()
         self.chunks = chunks or Chunks(config, groups)
         self._secret = secret
         self._order = self._next_seq = 0
@@ -100,6 +118,8 @@ class Scheduler:
         self._lane: Lane | None = None
         self.tells_time = False
         """Whether what the last step took says something of steps that only decode."""
+        self.prompt_spans = self.prompt_rows = 0
+        """Of prompts in the last step."""
         self.masks = masks
         self._n_bound, self._late = 0, NOBODY_LATE
         """Requests with a grammar, and sequences whose mask is not there yet."""
@@ -125,11 +145,17 @@ class Scheduler:
                 Seq(self._next_seq, request, index, len(self.pools), self.config.block_tokens, max_tree)
             )
             self._next_seq += 1
+        self.forecasts.admit(self, request)
         self.requests[add.request_id] = request
-        self.waiting.append(request.seqs[0])
+        self.ledgers.received(request.seqs[0], self.now_s, len(self.running) + len(self.waiting))
+        slo = add.slo
+        cost_s = self.forecasts.device_s(add)
+        weight, ttft_s = (1.0, None) if slo is None else (slo.weight, slo.ttft_s)
+        request.due_s = self.order.due_s(Coming(self.now_s, add.tenant, cost_s, weight, ttft_s))
+        insort(self.waiting, request.seqs[0], key=_turn)
         self.counters.started += 1
         self._n_bound += add.grammar is not None
-        return Accepted(add.request_id)
+        return Accepted(add.request_id, forecast=request.forecast)
 
     def abort(self, request_id: str, index: int = -1, *, reason: str = "abort") -> bool:
         """Drop a request, or one of its sequences, in any state and free its blocks at once; False if not served.
@@ -145,7 +171,7 @@ class Scheduler:
             return False
         for seq in dropped:
             if seq.state is not State.FINISHED:
-                self._leave(seq)
+                self._leave(seq, reason)
         if request.n_unfinished == 0:
             self._end(request, reason)
         return True
@@ -179,15 +205,21 @@ class Scheduler:
 
     def at(self, now_s: float) -> None:
         """What time it is: all that policies see happens then, until the next call."""
+        self.now_s = now_s
         for pool in self.pools:
             pool.now_s = now_s
 
     def schedule(self, now_s: float) -> Step | None:
         """The next step, or None when there is nothing to compute. Blocks are reserved for all its rows."""
         self.at(now_s)
-        n_guessed = 0 if self.speculation is None else self._draft(self.speculation)
+        alone = self.config.prompts == "first" and self._has_prompts()
+        n_guessed = 0
+        if self.speculation is not None and not alone:
+            seqs = self._lane.seqs if self._lane is not None else [seq for seq in self.running if seq.is_decoding]
+            # A tree may not have been in the last step where its masks were late.
+            n_guessed = draft(self, self.speculation, seqs, now_s, may_have=self._n_bound > 0)
         late = self._late = self.masks.late(self.running, self.waiting) if self.masks and self._n_bound else NOBODY_LATE
-        lane = self._lane if not n_guessed else None
+        lane = self._lane if not (n_guessed or alone) else None
         if lane is not None and late and not late.isdisjoint(seq.id for seq in self.running):
             lane = None
         if lane is not None and lane.reserve(self.pools):
@@ -196,15 +228,15 @@ class Scheduler:
                 self._spans = list(lane.spans)
                 self._admit(self.chunks.budget(lane.seqs, (), self.waiting) - len(lane.spans))
             if self._lane is not lane:
-                self.tells_time = False
+                self._count_prompts()
                 return self._assembled(self.tables.take_moves())
             self.counters.steps += 1
+            self.prompt_spans = self.prompt_rows = 0
             looks = self.speculation is not None and self.speculation.looks
             self.tells_time = self.counters.steps % (LANE_LOOKS if looks else LANE_TELLS) == 0
             return self._assembler.further(self.counters.steps, self.weights_version, *lane.rows)
         self.leave_lane()
         self.pending.begin_step()
-        size = self.config.block_tokens
         self._spans = []
         n_preempted = self.counters.preemptions
         decodes: list[Seq] = []
@@ -212,6 +244,34 @@ class Scheduler:
         for seq in self.running:
             (decodes if seq.is_decoding else prefills).append(seq)
         budget = min(self.config.max_step_tokens, self.chunks.budget(decodes, prefills, self.waiting) + n_guessed)
+        if not alone:
+            budget = self._span_decodes(decodes, budget)
+        for seq in prefills:  # their blocks were taken when they came in
+            if budget <= 0:
+                break
+            if seq.state is RUNNING and seq.id not in late:
+                budget -= self._span_runs(seq, budget)
+        if self.counters.preemptions == n_preempted:
+            self._admit(budget)
+        if alone and not self._spans:
+            self._span_decodes(decodes, budget)
+        if n_guessed:
+            grow_trees(self, self._spans)
+        if not self._spans:
+            if late and self.masks is not None:
+                self.masks.wait()
+                return None
+            if self.has_work:
+                raise IntegrityError("there is work, but no span could be scheduled")
+            return None
+        moves = self.tables.take_moves()
+        self._count_prompts()
+        self._lane = None if moves else Lane.open(self._spans, len(self.running))
+        return self._assembled(moves)
+
+    def _span_decodes(self, decodes: list[Seq], budget: int) -> int:
+        """A row for each that has its turn; returns what is left of the budget."""
+        size, late = self.config.block_tokens, self._late
         for seq in decodes:
             if budget <= 0:
                 break
@@ -221,49 +281,18 @@ class Scheduler:
             if fits or self._reserve(seq, seq.n_tokens):
                 self._spans.append(Span(seq, seq.n_computed, 1, seq.heirs))
                 budget -= 1 if seq.tree is None else 1 + len(seq.tree)
-        for seq in prefills:  # their blocks were taken when they came in
-            if budget <= 0:
-                break
-            if seq.state is RUNNING and seq.id not in late:
-                budget -= self._span_runs(seq, budget)
-        if self.counters.preemptions == n_preempted:
-            self._admit(budget)
-        if n_guessed:
-            self._grow_trees()
-        if not self._spans:
-            if late and self.masks is not None:
-                self.masks.wait()
-                return None
-            if self.has_work:
-                raise IntegrityError("there is work, but no span could be scheduled")
-            return None
-        moves = self.tables.take_moves()
-        self.tells_time = all(span.seq.is_decoding for span in self._spans)
-        self._lane = None if moves else Lane.open(self._spans, len(self.running))
-        return self._assembled(moves)
+        return budget
 
-    def _draft(self, speculation: Speculation) -> int:
-        """Trees for the sequences that decode; returns how many nodes they have."""
-        decodes = self._lane.seqs if self._lane is not None else [seq for seq in self.running if seq.is_decoding]
-        if not decodes:
-            return 0
-        n_others = len(self.running) - len(decodes) + len(self.waiting)
-        # Whatever is guessed, one row is left for a prompt.
-        most = self.config.max_step_tokens - len(decodes) - bool(n_others)
-        # A tree may not have been in the last step where its masks were late.
-        return speculation.draft(decodes, most, may_have=self._n_bound > 0)
+    def _has_prompts(self) -> bool:
+        """Whether a step of prompts alone has anything to compute; who waits for blocks has nothing."""
+        if any(not seq.is_decoding for seq in self.running):
+            return True
+        n_slots = self.config.max_sequences - sum(seq.n_slots for seq in self.running)
+        return bool(self.waiting) and self.waiting[0].n_slots <= n_slots and self.waiting[0].looked_up is None
 
-    def _grow_trees(self) -> None:
-        """The trees of the step's sequences, as far as there are blocks for them: nobody gives way for a guess."""
-        for span in self._spans:
-            tree = span.seq.tree
-            if tree is None:
-                continue
-            seq, end = span.seq, span.seq.n_tokens + len(tree)
-            if end > seq.n_blocks * self.config.block_tokens or seq.may_share:
-                tree = tree.cut(self.tables.room(seq, end) - seq.n_tokens)
-            if len(tree):
-                span.tree, span.n = tree, 1 + len(tree)
+    def _count_prompts(self) -> None:
+        prompts = [span.n for span in self._spans if not span.seq.is_decoding]
+        self.tells_time, self.prompt_spans, self.prompt_rows = not prompts, len(prompts), sum(prompts)
 
     def _assembled(self, moves: list[Move]) -> Step:
         self.counters.steps += 1
@@ -284,6 +313,7 @@ class Scheduler:
                 return
             if not enter(self, seq):
                 return
+            self.ledgers.entered(seq, self.now_s, self.explain.evicted(seq))
             self.waiting.remove(seq)
             budget -= self._span_runs(seq, budget)
 
@@ -319,6 +349,7 @@ class Scheduler:
 
     def _preempt(self, seq: Seq) -> None:
         self.leave_lane()
+        self.ledgers.preempted(seq)
         self.pending.leave(seq)
         self.tables.release(seq)
         self.running.remove(seq)
@@ -327,21 +358,25 @@ class Scheduler:
         seq.ahead, seq.looked_up, seq.tree = [], None, None
         seq.n_preempted += 1
         self.counters.preemptions += 1
-        self.waiting.append(seq)
-        self.waiting.sort(key=lambda s: (s.request.order, s.index))
+        insort(self.waiting, seq, key=_turn)
 
     def commit(self, step: Step, result: StepResult) -> list[Delta]:
         """Take over the step's samples. Sequences aborted since then are passed over."""
         failed, ids, size = result.errors, result.ids.tolist(), self.config.block_tokens
         if self.masks is not None and self._n_bound:
             failed = failed | self.masks.take_failed()
+        if self._lane is not None and self._lane.further:
+            self.ledgers.stepped_alike(result.end_s, len(ids))
+        else:
+            late = [seq for seq in self.running if seq.id in self._late] if self._late else NOBODY
+            self.ledgers.stepped(self.now_s, result.end_s, self._spans, late)
         if self._lane is not None and not failed:
             return self._commit_lane(self._lane, ids, result)
         self.leave_lane()
         if len(step.score_token):
             self.prompt_scores += told(self._spans, result)
         deltas: list[Delta] = []
-        row = n_new = 0
+        row = n_new = n_prompted = 0
         for span in self._spans:
             seq, targets = span.seq, span.targets
             fails = seq.id in failed
@@ -353,17 +388,23 @@ class Scheduler:
                 continue
             seq.tree = None  # whether it was in the step or not
             if span.tree is not None:
-                deltas.append(self._verified(seq, span.tree, ids[row : row + span.n], row, result))
+                tokens, rows = take_over(self, seq, span.tree, ids[row : row + span.n])
+                self.ledgers.gained(seq, len(tokens))
+                deltas.append(self._tell(seq, tokens, [row + one for one in rows], result))
+                if seq.state is RUNNING:
+                    self.tables.trim(seq)
                 row += span.n
-                n_new += len(deltas[-1].ids)
+                n_new += len(tokens)
                 continue
             seq.computed_to(span.start + span.n)
             if seq.n_computed >= (seq.n_published + 1) * size:
                 self.tables.publish(seq)
             if seq.claimed:
-                self._hand_over(seq)
+                hand_over(self, seq)
+            if seq.n_tokens == seq.n_prompt:
+                n_prompted += len(targets)
             if len(targets) > 1:
-                self._fork(seq)
+                fork(self, seq)
             for target in targets:
                 deltas.append(self._append(target, ids[row], row, result))
                 row += 1
@@ -372,6 +413,8 @@ class Scheduler:
             self.abort(done.request_id, reason="stop")
             self.embedded.append(done)
         self.counters.output_tokens += n_new
+        n_decodes, n_rows = len(self._spans) - self.prompt_spans, step.n_rows - self.prompt_rows
+        self.forecasts.stepped(n_decodes, n_rows, n_new - n_prompted, self.prompt_rows)
         self._spans = []
         return deltas
 
@@ -391,6 +434,7 @@ class Scheduler:
             if row in to_look_at:
                 deltas[row] = self._tell(lane.seqs[row], (ids[row],), (row,), result)
         self.counters.output_tokens += len(ids)
+        self.forecasts.stepped(len(ids), len(ids), len(ids), 0)
         self._spans = []
         return deltas
 
@@ -399,31 +443,12 @@ class Scheduler:
         seq.tokens[seq.n_tokens], seq.n_tokens = token, seq.n_tokens + 1
         return self._tell(seq, (token,), (r,), result)
 
-    def _verified(self, seq: Seq, tree: Tree, sampled: list[int], r: int, result: StepResult) -> Delta:
-        """What of its tree came true is the sequence's, and one token more. ``sampled``: from output ``r`` on."""
-        start, path = seq.n_computed, walk(tree, sampled)
-        rows = [0, *(node + 1 for node in path)]
-        tokens = [sampled[row] for row in rows]
-        end = seq.n_tokens + len(tokens)
-        seq.tokens[seq.n_tokens : end] = tokens
-        seq.n_tokens = end
-        for k, row in enumerate(rows):
-            if k != row:
-                self.tables.move(seq, start + row, start + k)
-        seq.computed_to(start + len(rows))
-        if seq.n_computed >= (seq.n_published + 1) * self.config.block_tokens:
-            self.tables.publish(seq)
-        if self.speculation is not None:
-            self.speculation.verified(seq, tree, path)
-        delta = self._tell(seq, tuple(tokens), [r + row for row in rows], result)
-        if seq.state is RUNNING:
-            self.tables.trim(seq)
-        return delta
-
     def _tell(self, seq: Seq, tokens: tuple[int, ...], outputs: Sequence[int], result: StepResult) -> Delta:
         """What the newest tokens, those of these ``outputs``, mean for their sequence, which ends with some."""
         request = seq.request
         add = request.add
+        if seq.first_s is None:
+            seq.first_s, seq.first_n = result.end_s, seq.n_output
         token = tokens[-1]  # those before it were guessed, which is never done of one that ends a sequence
         stops = token in request.stop_ids
         if not stops and seq.n_tokens - seq.n_prompt < add.max_tokens and add.n_logprobs < 0:
@@ -431,7 +456,7 @@ class Scheduler:
         reason = "stop" if stops else "length" if seq.n_output >= add.max_tokens else None
         logprobs, top = output_scores(result, outputs, add.n_logprobs)
         if reason is not None:
-            self._leave(seq)
+            self._leave(seq, reason)
             if request.n_unfinished == 0:
                 self._end(request, reason)
         stop_id = token if stops else None
@@ -440,35 +465,16 @@ class Scheduler:
     def _fail(self, request: Request, message: str) -> list[Delta]:
         lost = [seq for seq in request.seqs if seq.state is not State.FINISHED]
         for seq in lost:
-            self._leave(seq)
+            self._leave(seq, "error")
         self._end(request, "error")
         return [Delta(request.add.request_id, seq.index, (), "error", error=message) for seq in lost]
 
-    def _fork(self, first: Seq) -> None:
-        """The prompt is computed: siblings share its blocks."""
-        for sibling in first.request.seqs[1:]:
-            self.tables.fork(first, sibling)
-            sibling.turn = first.turn
-            self.running.append(sibling)
-        self.running.sort(key=lambda s: (s.request.order, s.index))
-        for seq in first.request.seqs:
-            seq.heirs = [seq]
-        first.request.forked = True
-
-    def _hand_over(self, seq: Seq) -> None:
-        """What the sequence has computed is there for those who waited for it."""
-        size = self.config.block_tokens
-        for i, waiter in self.pending.computed(seq):
-            for pool, table in zip(self.pools, seq.tables, strict=True):
-                pool.use(int(table[i]), waiter.turn)
-            self.counters.pending_tokens += size
-            if waiter.n_preempted == 0:
-                waiter.request.cached_tokens += size
-                self.counters.cached_tokens += size
-
     # -- endings --------------------------------------------------------------------------------------------
 
-    def _leave(self, seq: Seq) -> None:
+    def _leave(self, seq: Seq, reason: str) -> None:
+        ledger = self.ledgers.ended(seq, reason)
+        if ledger is not None:
+            self.forecasts.ended(seq, ledger)
         if seq.state is RUNNING:
             self.leave_lane()
             self.pending.leave(seq)
@@ -482,6 +488,7 @@ class Scheduler:
 
     def _end(self, request: Request, reason: str) -> None:
         del self.requests[request.add.request_id]
+        self.order.ended(request.add.tenant)
         self._n_bound -= request.add.grammar is not None
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 

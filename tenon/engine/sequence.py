@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,8 +21,12 @@ from tenon.engine.blocks import chain_digest
 from tenon.engine.edits import Edits, wanted
 from tenon.engine.grammar import Binding
 from tenon.engine.messages import Add
+from tenon.engine.promises import Forecast
 from tenon.engine.speculation.tree import Tree
 from tenon.engine.step import F64, I32
+
+if TYPE_CHECKING:
+    from tenon.engine.ledger import Account
 
 
 class State(Enum):
@@ -74,6 +79,12 @@ class Seq:
         self.to_score = index == 0 and request.add.prompt_logprobs >= 0 and self.n_prompt > 1
         self.may_share = False
         """Whether siblings may hold the block that it writes next; only then need anyone look."""
+        self.first_s: float | None = None
+        """When its first token came, or the first since it was sent to this engine; ``first_n`` outputs had come by
+        then."""
+        self.first_n = 0
+        self.account: Account | None = None
+        """Where its time goes."""
         self.tree: Tree | None = None
         """What was drafted to follow its tokens, until a step has verified it."""
         self.state = State.WAITING
@@ -184,8 +195,14 @@ class Request:
     root: bytes
     stop_ids: frozenset[int]
     seqs: list[Seq] = field(default_factory=list)
+    due_s: float = 0.0
+    """Of those who wait the one that is due first comes in first."""
     cached_tokens: int = 0
     forked: bool = False
+    forecast: Forecast | None = None
+    """Of one that is promised something, when it came."""
+    downgraded: bool = False
+    """Whether it is served as well as can be, for it was promised what could not be kept."""
 
     @property
     def n_unfinished(self) -> int:

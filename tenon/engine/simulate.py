@@ -11,7 +11,7 @@ ids).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,8 +22,9 @@ from tenon.base.errors import ConfigError, IntegrityError, Overloaded, RequestEr
 from tenon.base.records import RecordWriter
 from tenon.cost.device import Device
 from tenon.cost.price import seconds
-from tenon.cost.work import StepShape
+from tenon.cost.work import StepShape, decode_shape
 from tenon.engine import fast_forward
+from tenon.engine.assemble import Span
 from tenon.engine.build import plan_memory
 from tenon.engine.chunks import Chunks
 from tenon.engine.config import EngineConfig
@@ -31,8 +32,14 @@ from tenon.engine.engine import Engine, Identity
 from tenon.engine.executors.simulated import SimulatedExecutor, StepCost, TrueTokens
 from tenon.engine.messages import Add, Delta, Stats
 from tenon.engine.policies.evict import Evict
+from tenon.engine.policies.step_time import KNOTS, StepTimes
+from tenon.engine.promises import Ledger, Slo
 from tenon.engine.recompute import recompute_cost
 from tenon.engine.scheduler import Scheduler
+from tenon.engine.speculation.build import chooser, draft_plan
+from tenon.engine.speculation.measure import CONTEXT, MOST_ROWS
+from tenon.engine.speculation.simulated import SimulatedDraft, SimulatedDrafter
+from tenon.engine.speculation.speculation import Speculation
 from tenon.engine.step import Step
 from tenon.models.spec import CostShape, ModelSpec, dtype_bytes, step_work
 from tenon.sim.clock import VirtualClock
@@ -48,6 +55,8 @@ SECRET: Final = bytes(32)
 """Keys of blocks are hashed with it. Nothing outside a simulation sees them, so it hides nothing."""
 NAMELESS: Final = 1 << 127
 """Where the numbers of contents begin that no trace refers to: each such answer is one of its own."""
+
+MEASURED: Final = tuple(rows for rows in KNOTS if rows <= MOST_ROWS)
 
 OnProgress = Callable[[int, int, float], None]
 """Requests that have ended, requests in all, virtual seconds."""
@@ -112,6 +121,8 @@ class Simulated:
     outcomes: tuple[Outcome, ...]
     steps: StepLog
     stats: tuple[Stats, ...]
+    ledgers: tuple[Ledger, ...]
+    """Of requests in the order of their ends."""
     end_s: float
     forwarded: int
     """Steps of the log that were taken by fast-forward."""
@@ -147,9 +158,13 @@ class Simulation:
         watch: Callable[[Step], None] | None = None,
         records: Path | None = None,
         make_evict: Callable[[], Evict] | None = None,
+        slos: Mapping[str, Slo] | None = None,
+        draft: SimulatedDraft | None = None,
     ) -> None:
         """``memory_bytes``: what is free for keys and values. ``make_evict``: another eviction policy than the
-        config's. Raises ``ConfigError`` where the memory holds no sequence."""
+        config's. ``slos``: what requests are promised, by class ("" for all others). ``draft``: what there is to know
+        of the draft model that the config names. Raises ``ConfigError`` where the memory holds no sequence, or the
+        config wants guesses that cannot be simulated."""
         dtype = spec.dtype if config.dtype == "auto" else config.dtype
         groups = spec.kv_groups(marks.model, config.block_tokens, dtype_bytes(dtype))
         self.memory = memory = plan_memory(config, spec, groups, memory_bytes)
@@ -169,12 +184,15 @@ class Simulation:
             cost_of=recompute_cost(spec, config.block_tokens),
             chunks=Chunks(config, groups, cost),
             make_evict=make_evict,
+            speculation=self._speculation(config, spec.vocab_size, draft, seed),
+            times=self._times(),
         )
         description = {"executor": "simulated", "device": marks.device, "dtype": dtype, "notes": marks.cost}
         length, n_blocks = memory.max_model_len, memory.n_blocks
         identity = Identity(marks.model, spec.vocab_size, (), length, memory.kv_bytes, n_blocks, description)
         self.engine = Engine(config, identity, self.scheduler, self.executor, self.clock)
         self.marks = marks
+        self._slos = slos or {}
         self._text_s, self._seed, self._forward = text_s, seed % 2**64, forward
         self._events: EventHeap[_Flight] = EventHeap(self.clock)
         self._flights: dict[str, _Flight] = {}
@@ -183,6 +201,7 @@ class Simulation:
         self._log = StepLog()
         self._forwarded = 0
         self._stats: list[Stats] = []
+        self._ledgers: list[Ledger] = []
         self._stats_at_s = float("-inf")
         self._writer = RecordWriter(records, clock=self.clock) if records is not None else None
 
@@ -194,18 +213,42 @@ class Simulation:
                 self._followers.setdefault(request.after, []).append(request)
             else:
                 self._send(request, request.arrival_s)
-        n_told = 0
+        n_told, forward = 0, self._forward and self.scheduler.speculation is None
         while self._events or self.engine.has_work:
             if not self.engine.has_work:
                 self._receive(self._events.pop())
             for flight in self._events.due():
                 self._receive(flight)
-            if self.engine.has_work and not (self._forward and self._stretch()):
+            if self.engine.has_work and not (forward and self._stretch()):
                 self._tick()
             if on_progress is not None and len(self._outcomes) > n_told:
                 n_told = len(self._outcomes)
                 on_progress(n_told, len(trace.requests), self.clock.now_s())
         return self._close(trace)
+
+    def _times(self) -> StepTimes:
+        """As they are measured where a model runs."""
+        executor = self.executor
+        shapes = {rows: decode_shape([CONTEXT] * rows, executor.windows) for rows in MEASURED}
+        return StepTimes({rows: executor.seconds(shape) for rows, shape in shapes.items()})
+
+    def _speculation(
+        self, config: EngineConfig, vocab_size: int, draft: SimulatedDraft | None, seed: int
+    ) -> Speculation | None:
+        """By the same parts as where a model runs, but for the draft's."""
+        if draft is None:
+            if config.drafters:
+                raise ConfigError("guesses are simulated of a draft model that is described", subject="speculative")
+            return None
+        if len(config.drafters) != 1 or config.draft_model is None:
+            said = f"speculative must name the draft model alone, got {config.speculative!r}"
+            raise ConfigError(said, subject="speculative")
+        times, draft_times = self._times(), StepTimes({rows: draft.seconds(rows) for rows in MEASURED})
+        policy = chooser(config)
+        plan = draft_plan(policy, times, draft_times, config.speculative_depth)
+        drafter = SimulatedDrafter(draft, plan, draft_times, self.oracle, self.clock, vocab_size, seed)
+        limits = {"max_depth": config.speculative_depth, "max_nodes": config.speculative_nodes}
+        return Speculation([drafter], policy, times, clock=self.clock, **limits)
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -226,6 +269,7 @@ class Simulation:
             ignore_eos=True,
             tenant=request.tenant,
             slo_class=request.slo_class,
+            slo=self._slos.get(request.slo_class) or self._slos.get(""),
             arrival_s=flight.intended_s,
         )
         try:
@@ -293,9 +337,10 @@ class Simulation:
             token_s = flight.token_s
             if not token_s:
                 self._publish("first", request_id=delta.request_id, ttft_s=heard_s - flight.intended_s)
-            token_s.append(heard_s)
+            token_s.extend([heard_s] * len(delta.ids))
             if delta.finish_reason is not None:
                 self._finish(flight, delta)
+        self._ledgers += self.engine.take_ledgers()
         self._stepped(begin_s, self.executor.n_rows)
 
     def _stretch(self) -> bool:
@@ -304,7 +349,7 @@ class Simulation:
         if stretch is None:
             return False
         clock, watch = self.clock, self.executor.watch
-        n_rows = len(stretch.seqs)
+        n_rows, ledgers = len(stretch.seqs), self.scheduler.ledgers
         heard_s: list[float] = []
         next_s = self._events.next_s
         while stretch.reserve(clock.now_s()):
@@ -312,6 +357,10 @@ class Simulation:
             if watch is not None:
                 watch(stretch.step())
             self.executor.spend(stretch.shape())
+            if heard_s:
+                ledgers.stepped_alike(clock.now_s(), n_rows)
+            else:
+                ledgers.stepped(begin_s, clock.now_s(), [Span(seq, 0, 1, []) for seq in stretch.seqs], ())
             stretch.commit()
             heard_s.append(clock.now_s() + self._text_s)
             self._stepped(begin_s, n_rows)
@@ -351,7 +400,8 @@ class Simulation:
         if self._writer is not None:
             self._writer.close()
         outcomes = tuple(self._outcomes[r.id] for r in trace.requests)
-        return Simulated(outcomes, self._log, tuple(self._stats), self.clock.now_s(), self._forwarded)
+        ledgers = tuple(self._ledgers)
+        return Simulated(outcomes, self._log, tuple(self._stats), ledgers, self.clock.now_s(), self._forwarded)
 
     def _is_whole(self, request: TraceRequest) -> bool:
         """Every request ends once, refused or with all its tokens."""

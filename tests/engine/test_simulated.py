@@ -402,8 +402,14 @@ def test_a_model_that_does_not_fit_or_has_no_arithmetic_is_one_sentence() -> Non
 
 
 @pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
-def test_a_cost_that_is_none_stops_the_run(seconds: float) -> None:
-    made = Simulation(EngineConfig(), SPEC, lambda _: seconds, MARKS, memory_bytes=10**8)
+def test_a_cost_that_is_none_is_told_before_the_run_or_stops_it(seconds: float) -> None:
+    with pytest.raises(IntegrityError, match="the cost model gives"):
+        Simulation(EngineConfig(), SPEC, lambda _: seconds, MARKS, memory_bytes=10**8)
+
+    def only_at_first(shape: StepShape) -> float:
+        return 1e-3 if shape.rows == shape.spans else seconds
+
+    made = Simulation(EngineConfig(), SPEC, only_at_first, MARKS, memory_bytes=10**8)
     with pytest.raises(IntegrityError, match="the cost model gives"):
         made.run(trace(2))
 

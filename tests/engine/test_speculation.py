@@ -11,8 +11,8 @@ import pytest
 
 from tenon.engine.messages import Add, Embed
 from tenon.engine.policies.forest import I32, Forest
-from tenon.engine.policies.speculate import SPECULATES
 from tenon.engine.policies.step_time import StepTimes
+from tenon.engine.policies.table import SPECULATES
 from tenon.engine.sequence import Seq
 from tenon.engine.speculation.model import DraftModel
 from tenon.engine.speculation.speculation import Speculation

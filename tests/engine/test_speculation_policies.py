@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from tenon.engine.policies.forest import Bool, Forest, merged
 from tenon.engine.policies.speculate import (
     MARGIN,
-    SPECULATES,
     EqualSplit,
     FixedTree,
     Load,
@@ -24,6 +23,7 @@ from tenon.engine.policies.speculate import (
     Throughput,
 )
 from tenon.engine.policies.step_time import StepTimes
+from tenon.engine.policies.table import SPECULATES
 from tenon.engine.speculation import native
 from tenon.engine.speculation.native import MOST_NODES, QuickPays
 from tests.engine.trees import grown

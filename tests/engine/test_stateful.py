@@ -20,8 +20,7 @@ from hypothesis.stateful import (
 from tenon.base.errors import ContextTooLong, Overloaded
 from tenon.engine.engine import Engine
 from tenon.engine.messages import Add
-from tenon.engine.policies.speculate import SPECULATES
-from tenon.engine.policies.table import POLICIES
+from tenon.engine.policies.table import POLICIES, SPECULATES
 from tests.engine.build import chunked, hash_engine, run
 
 VOCAB = 50

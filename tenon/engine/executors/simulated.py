@@ -127,11 +127,16 @@ class SimulatedExecutor:
     def allocate(self, groups: tuple[KVGroup, ...], n_blocks: int) -> None:
         self.windows = tuple(group.window for group in groups)
 
-    def spend(self, shape: StepShape) -> float:
-        """Move the clock by the cost of a step. Returns it, in seconds. Raises ``IntegrityError`` where it is none."""
+    def seconds(self, shape: StepShape) -> float:
+        """The cost of a step. Raises ``IntegrityError`` where it is none."""
         seconds = self._cost(shape)
         if not 0 <= seconds < math.inf:
             raise IntegrityError(f"the cost model gives {seconds} s for {shape}")
+        return seconds
+
+    def spend(self, shape: StepShape) -> float:
+        """Move the clock by the cost of a step. Returns it, in seconds. Raises as ``seconds`` does."""
+        seconds = self.seconds(shape)
         self._clock.advance(seconds)
         return seconds
 

@@ -7,7 +7,7 @@ probability h^j, h being the chance that one of ``width`` guesses is right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -42,13 +42,12 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class FixedPlan:
-    """The same whatever happens: for policies that take what they are given."""
+    """By the number of sequences alone, whatever comes of it: for policies that say what they want."""
 
-    depth: int
-    width: int
+    drafts: Callable[[int], tuple[int, int] | None]
 
     def choose(self, warm: Sequence[int], n_decodes: int) -> tuple[int, int]:
-        return self.depth, self.width
+        return self.drafts(n_decodes) or (0, 0)
 
     def observe(self, warm: int, ranks: Sequence[int], right: int | None) -> None:
         """Nothing to learn."""

@@ -17,17 +17,21 @@ Shapes: n sequences with a tree, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tenon.engine.policies.forest import Bool, Forest
 
+if TYPE_CHECKING:
+    from tenon.engine.policies.slo import Claims
+
 F64 = NDArray[np.float64]
 
+BUDGET: Final = 256
+"""Rows in all of a step, of those whose budget is fixed."""
 MARGIN: Final = 0.2
 """By how much a step with guesses has to be better than one without: a prediction's error should not decide ..."""
 BOLD: Final = 0.1
@@ -52,6 +56,10 @@ class Seconds(Protocol):
         without guesses."""
         ...
 
+    def mixed(self, n: int, rows: NDArray[np.int64], prompt_rows: int) -> F64:
+        """``guessed``, of steps that compute so many rows of prompts besides."""
+        ...
+
 
 @dataclass(frozen=True)
 class Load:
@@ -62,6 +70,10 @@ class Load:
     seconds: Seconds
     margin: float = MARGIN
     """By how much a step with guesses has to be better than one without, for policies that weigh."""
+    claims: Claims | None = None
+    """What the forest's sequences are promised; None where nobody is promised anything."""
+    prompt_rows: int = 0
+    """That the step is going to compute besides."""
 
 
 def margin(n_trees: int) -> float:
@@ -77,9 +89,9 @@ class Speculate(Protocol):
         """Whether it goes by how long steps take, and so has to see both kinds now and then."""
         ...
 
-    @property
-    def drafts(self) -> tuple[int, int] | None:
-        """Depth and width of the trees that it wants of a draft model; None for as much as pays."""
+    def drafts(self, n: int) -> tuple[int, int] | None:
+        """Depth and width of the trees that it wants of a draft model where ``n`` sequences decode; None for as much as
+        pays, whatever their number."""
         ...
 
     def choose(self, forest: Forest, load: Load) -> Bool | None:
@@ -118,8 +130,7 @@ class _Fixed:
     def weighs(self) -> bool:
         return False
 
-    @property
-    def drafts(self) -> tuple[int, int] | None:
+    def drafts(self, n: int) -> tuple[int, int] | None:
         return TREE
 
 
@@ -127,7 +138,7 @@ class _Fixed:
 class Throughput(_Fixed):
     """``budget`` rows in all, roots among them."""
 
-    budget: int = 256
+    budget: int = BUDGET
 
     def choose(self, forest: Forest, load: Load) -> Bool:
         n_nodes = min(load.most, max(0, self.budget - load.n))
@@ -136,7 +147,7 @@ class Throughput(_Fixed):
 
 @dataclass(frozen=True)
 class EqualSplit(_Fixed):
-    budget: int = 256
+    budget: int = BUDGET
 
     def choose(self, forest: Forest, load: Load) -> Bool:
         each = max(0, self.budget // load.n - 1)
@@ -163,8 +174,7 @@ def _each(forest: Forest, n_nodes: int) -> Bool:
 class Chain(_Fixed):
     k: int
 
-    @property
-    def drafts(self) -> tuple[int, int] | None:
+    def drafts(self, n: int) -> tuple[int, int] | None:
         return self.k, 1
 
     def choose(self, forest: Forest, load: Load) -> Bool:
@@ -172,8 +182,7 @@ class Chain(_Fixed):
 
 
 class ByBatch(_Fixed):
-    @property
-    def drafts(self) -> tuple[int, int] | None:
+    def drafts(self, n: int) -> tuple[int, int] | None:
         return BATCHES[0][1], 1
 
     def choose(self, forest: Forest, load: Load) -> Bool:
@@ -191,8 +200,7 @@ class Pays:
     def weighs(self) -> bool:
         return True
 
-    @property
-    def drafts(self) -> tuple[int, int] | None:
+    def drafts(self, n: int) -> tuple[int, int] | None:
         return None
 
     def choose(self, forest: Forest, load: Load) -> Bool | None:
@@ -206,15 +214,3 @@ class Pays:
         if rate[best] * load.seconds.plain(load.n) < load.n * (1 + load.margin):
             return None
         return _mask(forest, order[: best + 1])
-
-
-SPECULATES: Final[dict[str, Callable[[], Speculate]]] = {
-    "pays": Pays,
-    "throughput": Throughput,
-    "equal-split": EqualSplit,
-    "fixed-tree": FixedTree,
-    **{f"chain-{k}": (lambda k=k: Chain(k)) for k in range(2, 9)},  # type: ignore[misc]
-    "by-batch": ByBatch,
-    "per-second": lambda: Pays(chains=True),
-}
-"""By the word that a config names them with."""

@@ -35,6 +35,10 @@ EVERY: Final = 16
 """Steps looked at after which what was seen enters the prediction."""
 
 
+PROMPT_BOUND: Final = 4.0
+"""What a prompt's rows add is thought to be so much, at most, of what others do; or so much less."""
+
+
 class StepTimes:
     """``measured`` has seconds by rows, at least of one number of them: then a row costs as much as many."""
 
@@ -57,6 +61,9 @@ class StepTimes:
         self._told: list[tuple[int, float]] = []
         self._drifts: list[float] = []
         self._was_guessed = False
+        self._prompt = 1.0
+        """What a prompt's rows add over what as many others do."""
+        self._prompts: deque[float] = deque(maxlen=RECENT)
 
     def plain(self, rows: int) -> float:
         """See :class:`tenon.engine.policies.speculate.Seconds`."""
@@ -74,6 +81,27 @@ class StepTimes:
         fixed, slope = self._extra.now.tolist()
         grown = np.interp(rows, self._knots, self._base) - _at(n, self._base)
         return np.asarray(self.plain(n) + fixed + slope * grown)
+
+    def mixed(self, n: int, rows: I64, prompt_rows: int) -> F64:
+        """``guessed``, of steps that compute so many rows of prompts besides."""
+        seconds = self.guessed(n, rows)
+        if prompt_rows:
+            grown = np.interp(rows + prompt_rows, self._knots, self._base) - np.interp(rows, self._knots, self._base)
+            seconds = seconds + self._speed * self._prompt * grown
+        return seconds
+
+    def tell_mixed(self, n: int, all_rows: int, prompt_rows: int, seconds: float) -> None:
+        """A step of ``n`` sequences that decode, ``prompt_rows`` of whose rows were of prompts, took so long."""
+        self._was_guessed = False
+        rows = all_rows - prompt_rows
+        if not (0 < seconds < float("inf") and 0 < n <= rows < all_rows <= KNOTS[-1]):
+            return
+        grown = self._speed * (_at(all_rows, self._base) - _at(rows, self._base))
+        without_s = float(self.guessed(n, np.array([rows]))[0])
+        if grown > 0:
+            self._prompts.append(min(max((seconds - without_s) / grown, 1 / PROMPT_BOUND), PROMPT_BOUND))
+            if len(self._prompts) > RECENT // 2:
+                self._prompt += RATE * (float(np.median(self._prompts)) - self._prompt)
 
     @property
     def arrays(self) -> tuple[F64, F64, F64, F64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -13,8 +13,10 @@ from tenon.engine.config import EngineConfig
 from tenon.engine.executors.base import Executor
 from tenon.engine.executors.isolated import Isolated
 from tenon.engine.policies.plan import DraftPlan, FixedPlan, Plan
-from tenon.engine.policies.speculate import SPECULATES
+from tenon.engine.policies.slo import Paper
+from tenon.engine.policies.speculate import EqualSplit, Speculate, Throughput
 from tenon.engine.policies.step_time import StepTimes
+from tenon.engine.policies.table import SPECULATES
 from tenon.engine.speculation import native
 from tenon.engine.speculation.drafter import Drafter
 from tenon.engine.speculation.model import DraftModel
@@ -53,7 +55,7 @@ def build_speculation(
         return None
     times, lib = StepTimes(measured), native.load()
     is_quick = config.speculative_policy == "pays" and lib is not None
-    policy = QuickPays(lib, times) if is_quick and lib else SPECULATES[config.speculative_policy]()
+    policy = QuickPays(lib, times) if is_quick and lib else chooser(config)
     drafters: list[Drafter] = []
     for name in config.drafters:
         if name in WITHOUT_MODEL:
@@ -62,15 +64,26 @@ def build_speculation(
         if draft is None:
             raise ConfigError(f"the draft model {name!r} is not loaded", subject="speculative")
         draft_times = StepTimes(draft.measured)
-        plan: Plan = DraftPlan(times, draft_times, config.speculative_depth)
-        if policy.drafts is not None:
-            plan = FixedPlan(*policy.drafts)
+        plan = draft_plan(policy, times, draft_times, config.speculative_depth)
         executor = Isolated(draft.executor)
         drafters.append(
             DraftModel(executor, draft.groups, draft.n_blocks, vocab_size, draft.max_len, plan, draft_times, clock)
         )
     limits = {"max_depth": config.speculative_depth, "max_nodes": config.speculative_nodes}
     return Speculation(drafters, policy, times, clock=clock, **limits)
+
+
+def chooser(config: EngineConfig) -> Speculate:
+    """The config's policy."""
+    policy = SPECULATES[config.speculative_policy]()
+    if config.speculative_budget is not None and isinstance(policy, Paper | Throughput | EqualSplit):
+        policy = replace(policy, budget=config.speculative_budget)
+    return policy
+
+
+def draft_plan(policy: Speculate, times: StepTimes, draft_times: StepTimes, max_depth: int) -> Plan:
+    """How far a draft model looks ahead: as the policy wants, or as far as pays."""
+    return DraftPlan(times, draft_times, max_depth) if policy.drafts(1) is None else FixedPlan(policy.drafts)
 
 
 def check_vocabulary(target: Path, target_spec: ModelSpec, draft: Path, draft_spec: ModelSpec, name: str) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from tenon.engine.policies.calibrate import warmth
 from tenon.engine.policies.forest import I32, Forest
+from tenon.engine.policies.plan import Plan
 from tenon.engine.sequence import Seq
+from tenon.engine.speculation.tree import ROOT, Tree
 
 
 class Drafter(Protocol):
@@ -31,3 +34,21 @@ class Drafter(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Planned:
+    """What drafters have in common that look ahead level by level: a plan of how far, which learns from what came of
+    it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def verified(self, seq: Seq, tree: Tree, path: Sequence[int], kind: int) -> None:
+        """What came of its own guesses, which the tree calls ``kind``: the plan learns from that."""
+        warm = warmth(seq.request.add.temperature)
+        for at in (ROOT, *path):
+            children = [i for i, parent in enumerate(tree.parents) if parent == at and tree.features[i][0] == kind]
+            ranks = [tree.features[i][2] for i in children]
+            if ranks:
+                right = next((tree.features[i][2] for i in children if i in path), None)
+                self.plan.observe(warm, ranks, right)

@@ -24,24 +24,31 @@ REPEATS: Final = 5
 WARM_UP: Final = 8
 """Steps of one row before any counts; fewer where they are slow."""
 LIMIT_S: Final = 2.0
-"""After which no larger step is begun."""
+LIMIT_ALONE_S: Final = 0.3
+"""After which no larger step is begun; the second where nobody guesses, so that only forecasts go by it."""
 MOST_ROWS: Final = 512
 
 
 def step_times(
-    executor: Executor, groups: Sequence[KVGroup], n_blocks: int, config: EngineConfig, clock: Clock
+    executor: Executor,
+    groups: Sequence[KVGroup],
+    n_blocks: int,
+    config: EngineConfig,
+    clock: Clock,
+    limit_s: float,
+    max_len: int,
 ) -> dict[int, float]:
-    """Seconds by rows, from one row on."""
+    """Seconds by rows, from one row on; in contexts of at most ``max_len`` tokens, for so many have positions."""
     size = config.block_tokens
-    context = min(CONTEXT, (n_blocks - 1) * size)
+    context = min(CONTEXT, (n_blocks - 1) * size, max_len)
     begin_s = clock.now_s()
     found: dict[int, float] = {}
     for _ in range(WARM_UP):
         executor.poll(executor.submit(_step(1, context, size, len(groups))))
-        if clock.now_s() - begin_s > LIMIT_S / 4:
+        if clock.now_s() - begin_s > limit_s / 4:
             break
     for rows in KNOTS:
-        if rows > min(config.max_step_tokens, MOST_ROWS) or (found and clock.now_s() - begin_s > LIMIT_S):
+        if rows > min(config.max_step_tokens, MOST_ROWS) or (found and clock.now_s() - begin_s > limit_s):
             break
         step = _step(rows, context, size, len(groups))
         taken = []

@@ -35,6 +35,7 @@ from tenon.engine.policies.recency import Lru
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.reuse import hold, resident, runs_of
 from tenon.engine.sequence import Seq
+from tenon.engine.speculation.drafter import Planned
 from tenon.engine.speculation.tree import ROOT, Tree
 from tenon.engine.step import DRAFT, F32, Step
 from tenon.engine.tables import Tables
@@ -95,7 +96,7 @@ class _Twin:
         self.is_chain = False
 
 
-class DraftModel:
+class DraftModel(Planned):
     """Raises as its executor does. ``vocab_size`` is the target's: what it cannot say is not guessed; nothing is beyond
     ``max_len`` tokens either, which the draft model has no positions for."""
 
@@ -114,8 +115,9 @@ class DraftModel:
         times: StepTimes,
         clock: Clock,
     ) -> None:
+        super().__init__(plan)
         self._executor, self._vocab_size, self._max_len = executor, vocab_size, max_len
-        self.plan, self.times, self._clock = plan, times, clock
+        self.times, self._clock = times, clock
         self._size = groups[0].block_tokens
         pools = [BlockPool(n_blocks, self._size, Lru) for _ in groups]
         for pool in pools:
@@ -293,16 +295,6 @@ class DraftModel:
             own.computed_to(own.n_tokens - 1)
         twin.n_levels = 0
         self.tables.trim(own)
-
-    def verified(self, seq: Seq, tree: Tree, path: Sequence[int], kind: int) -> None:
-        """What came of its own guesses, which the tree calls ``kind``: the plan learns from that."""
-        warm = warmth(seq.request.add.temperature)
-        for at in (ROOT, *path):
-            children = [i for i, parent in enumerate(tree.parents) if parent == at and tree.features[i][0] == kind]
-            ranks = [tree.features[i][2] for i in children]
-            if ranks:
-                right = next((tree.features[i][2] for i in children if i in path), None)
-                self.plan.observe(warm, ranks, right)
 
     def forget(self, seq: Seq) -> None:
         twin = self._twins.pop(seq.id, None)

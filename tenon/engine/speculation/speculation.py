@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenon.base.clock import Clock
+from tenon.engine.ledger import Split
 from tenon.engine.messages import Guesses
 from tenon.engine.policies.asking import Asking
 from tenon.engine.policies.calibrate import WARM, Calibrator, Observation, warmth
@@ -29,7 +30,7 @@ from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.sequence import Seq
 from tenon.engine.speculation import native
 from tenon.engine.speculation.asked import NOBODY, Asked, Company
-from tenon.engine.speculation.drafter import Drafter
+from tenon.engine.speculation.drafter import Drafter, Planned
 from tenon.engine.speculation.kept import Kept
 from tenon.engine.speculation.model import DraftModel
 from tenon.engine.speculation.native import QuickCalibrator
@@ -105,12 +106,13 @@ class Speculation:
         self._quick = QuickRound.of(drafters, self.calibrator, policy)
         self._n_chosen = self._tried_at = 0
         self._asking, self._clock = Asking(), clock
-        models = [drafter for drafter in drafters if isinstance(drafter, DraftModel)]
+        models = [drafter for drafter in drafters if isinstance(drafter, Planned)]
         self._model = (models[0], self.kinds.index(models[0].kinds[0])) if models else None
 
-    def draft(self, seqs: Sequence[Seq], most: int, *, may_have: bool) -> int:
+    def draft(self, seqs: Sequence[Seq], most: int, now_s: float, prompt_rows: int, *, may_have: bool) -> int:
         """Give trees to those of ``seqs``, all that decode, that have none: ``most`` nodes at most, those of older
-        trees among them, if there may be any. Returns how many nodes there are."""
+        trees among them, if there may be any. The step begins at ``now_s`` and computes so many rows of prompts
+        besides. Returns how many nodes there are."""
         self.looks = self.looks_around = False
         n_nodes = sum(len(seq.tree) for seq in seqs if seq.tree is not None) if may_have else 0
         if self.rests or not self._asking.due():
@@ -130,7 +132,8 @@ class Speculation:
             return n_nodes
         self.looks = True
         n_seen = min(self._n_seen[warm] for warm in company.warm)
-        load = Load(len(seqs), most - n_nodes, self.times, margin(n_seen))
+        claims = ask.claims(now_s)
+        load = Load(len(seqs), most - n_nodes, self.times, margin(n_seen), claims, prompt_rows)
         forest, trees = self._trees(ask, load)
         if self._clock is not None and self.policy.weighs:
             taken_s, plain_s = self._clock.now_s() - start_s, self.times.plain(load.n)
@@ -280,6 +283,12 @@ class Speculation:
             return  # that belongs to a prompt
         self.times.tell(len(step.seq), step.n_rows, seconds)
 
+    def split(self, n: int, rows: int, prompt_rows: int) -> Split:
+        """A step's seconds as ``times`` predict them, by what they are for."""
+        plain_s = self.times.plain(n)
+        guessed_s, mixed_s = (float(self.times.mixed(n, np.array([rows]), p)[0]) for p in (0, prompt_rows))
+        return Split(plain_s, mixed_s - guessed_s, guessed_s - plain_s if rows > n else 0.0)
+
     def forget(self, seq: Seq) -> None:
         """It has ended."""
         self._company = NOBODY
@@ -294,8 +303,9 @@ class Speculation:
 
     def check_integrity(self) -> None:
         """Of the drafters' own blocks. Raises ``IntegrityError``."""
-        if self._model is not None:
-            self._model[0].check_integrity()
+        for drafter in self.drafters:
+            if isinstance(drafter, DraftModel):
+                drafter.check_integrity()
 
     def close(self) -> None:
         for drafter in self.drafters:

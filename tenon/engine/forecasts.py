@@ -1,0 +1,147 @@
+"""Forecasts of a scheduler's requests: what its state says, what came of them, and who cannot be promised what he asks.
+
+A request with an ``Slo`` gets one when it comes. Where it says that what is asked for cannot be kept, a strict request
+is refused, with the time after which it might be; any other is served as well as can be, and told so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from tenon.base.errors import Overloaded
+from tenon.engine.messages import Add
+from tenon.engine.policies.forecast import Expected, Learned, Lengths, Outlook, forecast
+from tenon.engine.policies.step_time import StepTimes
+from tenon.engine.promises import Forecast, Ledger, Slo
+from tenon.engine.reuse import resident
+from tenon.engine.sequence import Request, Seq
+
+if TYPE_CHECKING:
+    from tenon.engine.scheduler import Scheduler
+
+RATE: Final = 0.05
+"""Of the averages of what a sequence gets of a step, and of what prompts add to one."""
+LEAST_RETRY_S: Final = 1.0
+PIECE_ROWS: Final = 256
+"""Of a prompt, what its rows are priced by."""
+
+
+class Forecasts:
+    """Of one scheduler. ``times`` say what steps take."""
+
+    def __init__(self, times: StepTimes) -> None:
+        self.times = times
+        self.lengths = Lengths()
+        self.ttft, self.tpot = Learned(), Learned()
+        self._per_step = self._rows_each = 1.0
+        self._prompt_rows = self._n_decodes = 0.0
+
+    # -- what steps and endings say ------------------------------------------------------------------------
+
+    def stepped(self, n_decodes: int, n_rows: int, n_tokens: int, prompt_rows: int) -> None:
+        """A step of so many decodes had so many rows of theirs, brought them ``n_tokens``, and computed prompts."""
+        self._prompt_rows += RATE * (prompt_rows - self._prompt_rows)
+        self._n_decodes += RATE * (n_decodes - self._n_decodes)
+        if n_decodes:
+            self._per_step += RATE * (n_tokens / n_decodes - self._per_step)
+            self._rows_each += RATE * (n_rows / n_decodes - self._rows_each)
+
+    def ended(self, seq: Seq, ledger: Ledger) -> None:
+        """Learn from a sequence that ended by itself."""
+        if ledger.reason not in ("stop", "length"):
+            return
+        self.lengths.add(seq.n_output)
+        told = seq.request.forecast
+        if told is None or ledger.first_s is None or ledger.index:
+            return
+        self.ttft.hear(told.ttft_s, ledger.first_s - ledger.received_s)
+        if seq.n_output > seq.first_n:
+            self.tpot.hear(told.tpot_s, (ledger.end_s - ledger.first_s) / (seq.n_output - seq.first_n))
+
+    # -- what may be expected ------------------------------------------------------------------------------
+
+    def of(self, scheduler: Scheduler, seq: Seq) -> Forecast:
+        """Of a sequence that has just come, or might. Nothing changes."""
+        hit = 0
+        if scheduler.config.prefix_cache and seq.reads_cache:
+            gaps = scheduler.config.reuse == "blocks"
+            found, awaited = resident(seq, scheduler.pools, scheduler.pending, gaps=gaps)
+            hit = (len(found) + len(awaited)) * seq.block_tokens
+        expected = forecast(self._outlook(scheduler, seq), max(1, seq.n_tokens - hit), self.times)
+        ttft_s, tpot_s = expected.ttft_s * self.ttft.factor, expected.tpot_s * self.tpot.factor
+        slo = seq.request.add.slo
+        confidences = [one for one in (self.ttft.confidence, self.tpot.confidence) if one is not None]
+        return Forecast(
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
+            hit_tokens=hit,
+            confidence=min(confidences) if confidences else None,
+            meets=slo is None or _meets(slo, ttft_s, tpot_s),
+            retry_after_s=0.0 if slo is None else self._retry_after_s(slo, expected, ttft_s, tpot_s),
+        )
+
+    def device_s(self, add: Add) -> float:
+        """About what all of a request takes of the device: its prompt's rows, and its tokens' part of steps among those
+        who decode now."""
+        n = max(1, round(self._n_decodes))
+        step_s = self.times.plain(n)
+        row_s = (float(self.times.mixed(n, np.array([n]), PIECE_ROWS)[0]) - step_s) / PIECE_ROWS
+        n_tokens = self.lengths.left(0, add.max_tokens)
+        return len(add.prompt) * row_s + add.n * n_tokens / self._per_step * step_s / n
+
+    def admit(self, scheduler: Scheduler, request: Request) -> None:
+        """Give a request that is promised something its forecast. Raises ``Overloaded`` for a strict one whose promise
+        could not be kept."""
+        add = request.add
+        if add.slo is None or (add.slo.ttft_s is None and add.slo.tpot_s is None):
+            return
+        told = request.forecast = self.of(scheduler, request.seqs[0])
+        if told.meets or add.again:
+            return
+        if add.slo.strict:
+            raise Overloaded(_said(add, told), retry_after_s=max(LEAST_RETRY_S, told.retry_after_s))
+        request.downgraded = True
+
+    def _outlook(self, scheduler: Scheduler, new: Seq) -> Outlook:
+        running = scheduler.running
+        left = [
+            self.lengths.left(seq.n_output, seq.request.add.max_tokens) for seq in running if seq.is_decoding
+        ]  # fmt: skip
+        others = [seq for seq in (*running, *scheduler.waiting) if not seq.is_decoding and seq is not new]
+        n_slots = scheduler.config.max_sequences - sum(seq.n_slots for seq in running)
+        waiting = [seq for seq in scheduler.waiting if seq is not new]
+        room = max(1, scheduler.config.max_step_tokens - len(left))
+        return Outlook(
+            left=left,
+            rows_ahead=sum(seq.n_tokens - seq.n_computed for seq in others),
+            n_ahead=sum(seq.n_slots for seq in waiting),
+            n_slots=n_slots,
+            chunk=min(room, scheduler.chunks.chosen or room),
+            prompt_rows=self._prompt_rows,
+            per_step=self._per_step,
+            rows_each=self._rows_each,
+        )
+
+    @staticmethod
+    def _retry_after_s(slo: Slo, expected: Expected, ttft_s: float, tpot_s: float) -> float:
+        """Until what is ahead has gone, as far as that is what is too much."""
+        late_s = 0.0 if slo.ttft_s is None else ttft_s - slo.ttft_s
+        if slo.tpot_s is not None and tpot_s > slo.tpot_s:
+            late_s = max(late_s, expected.wait_s, ttft_s)
+        return max(0.0, late_s)
+
+
+def _meets(slo: Slo, ttft_s: float, tpot_s: float) -> bool:
+    return (slo.ttft_s is None or ttft_s <= slo.ttft_s) and (slo.tpot_s is None or tpot_s <= slo.tpot_s)
+
+
+def _said(add: Add, told: Forecast) -> str:
+    slo = add.slo or Slo()
+    parts = []
+    if slo.ttft_s is not None and told.ttft_s > slo.ttft_s:
+        parts.append(f"a first token within {slo.ttft_s * 1e3:.0f} ms, where {told.ttft_s * 1e3:.0f} ms are expected")
+    if slo.tpot_s is not None and told.tpot_s > slo.tpot_s:
+        parts.append(f"a token every {slo.tpot_s * 1e3:.1f} ms, where {told.tpot_s * 1e3:.1f} ms are expected")
+    return f"the request asks strictly for {' and '.join(parts)}"
