@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,10 +13,32 @@ from tenon.cost import calibration
 from tenon.cost.price import seconds
 from tenon.cost.work import StepShape, decode_shape, step_shape
 from tenon.engine.config import EngineConfig
-from tenon.engine.policies.chunk import CHUNKS, Chunk, Corrected, Learned, Limits, Load, Run, StepSeconds
+from tenon.engine.policies.chunk import (
+    CHUNKS,
+    Chunk,
+    Corrected,
+    Learned,
+    Limits,
+    Load,
+    Promised,
+    Run,
+    StepSeconds,
+)
+from tenon.engine.policies.order import PATIENCE_S
 from tenon.engine.sequence import Seq
+from tenon.engine.speculation.asked import claims_of
 from tenon.engine.step import Step
 from tenon.models.spec import CostShape, KVGroup, ModelSpec, step_work
+
+if TYPE_CHECKING:
+    from tenon.engine.forecasts import Forecasts
+
+
+def _due_s(seq: Seq) -> float:
+    """When its first token is."""
+    slo, account = seq.request.add.slo, seq.account
+    patience_s = PATIENCE_S if slo is None or slo.ttft_s is None else slo.ttft_s
+    return patience_s + (0.0 if account is None else account.received_s)
 
 
 class Chunks:
@@ -37,12 +60,20 @@ class Chunks:
         limits = Limits(min(config.min_chunk_tokens, most), most, target_s)
         model = Learned() if step_s is None else Corrected(step_s)
         self.policy = policy if policy is not None else CHUNKS[config.chunk](limits, model)
-        self._is_fixed = config.chunk == "fixed"
+        self._is_fixed, self._is_patient = config.chunk == "fixed", config.chunk == "patient"
         self.chosen = 0
         """What the policy chose for the step that was scheduled last; 0 where it was not asked."""
 
-    def budget(self, decodes: Sequence[Seq], prefills: Sequence[Seq], waiting: Sequence[Seq]) -> int:
-        """Rows of a step in which ``decodes`` have one each: all others are for prompts.
+    def budget(
+        self,
+        decodes: Sequence[Seq],
+        prefills: Sequence[Seq],
+        waiting: Sequence[Seq],
+        now_s: float = 0.0,
+        forecasts: Forecasts | None = None,
+    ) -> int:
+        """Rows of a step in which ``decodes`` have one each: all others are for prompts. The step begins at ``now_s``;
+        ``forecasts`` say what it may take, for a policy that goes by what is promised.
 
         There is always room for one of them as long as the step has it, so who can come in does not depend on this.
         """
@@ -51,7 +82,16 @@ class Chunks:
         if self._is_fixed or not decodes or not (prefills or (waiting and len(decodes) < min(self._slots, most))):
             return most
         seen = np.fromiter((seq.n_computed + 1 for seq in decodes), np.int64, len(decodes))
-        load = Load(decode_shape(seen, self._windows), self._runs(prefills, waiting), self._windows)
+        promised = None
+        if forecasts is not None and self._is_patient:
+            n = len(decodes)
+            promised = Promised(
+                claims_of(decodes, now_s),
+                forecasts.per_step,
+                lambda rows: forecasts.step_s(n, rows),
+                [(_due_s(seq) - now_s, seq.n_tokens - seq.n_computed) for seq in (*prefills, *waiting[: self._slots])],
+            )
+        load = Load(decode_shape(seen, self._windows), self._runs(prefills, waiting), self._windows, promised)
         self.chosen = self.policy.choose(load)
         return min(most, len(decodes) + self.chosen)
 

@@ -63,7 +63,7 @@ class EngineConfig:
     pending: Literal["share", "private"] = "share"
     evict: str = "lru"
     order: str = "fifo"
-    chunk: Literal["fixed", "adaptive", "threshold"] = "fixed"
+    chunk: Literal["fixed", "adaptive", "threshold", "patient"] = "fixed"
     prompts: Literal["beside", "first"] = "beside"
     tpot_ms: float | None = None
     min_chunk_tokens: int = 64

@@ -124,7 +124,8 @@ class Engine:
             times = self.scheduler.forecasts.times
             if self.scheduler.prompt_rows:
                 n = len(step.seq) - self.scheduler.prompt_spans
-                times.tell_mixed(n, step.n_rows, self.scheduler.prompt_rows, self._step_s)
+                drafting_s = 0.0 if speculation is None else speculation.drafting_s
+                times.tell_mixed(n, step.n_rows, self.scheduler.prompt_rows, self._step_s - drafting_s)
             elif self.scheduler.tells_time and speculation is None:
                 times.tell(len(step.seq), step.n_rows, self._step_s)
             elif self.scheduler.tells_time and speculation is not None:

@@ -13,6 +13,7 @@ import numpy as np
 from tenon.base.errors import Overloaded
 from tenon.engine.messages import Add
 from tenon.engine.policies.forecast import Expected, Learned, Lengths, Outlook, forecast
+from tenon.engine.policies.order import Coming
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.promises import Forecast, Ledger, Slo
 from tenon.engine.reuse import resident
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 RATE: Final = 0.05
 """Of the averages of what a sequence gets of a step, and of what prompts add to one."""
+NOTHING: Final = Slo()
 LEAST_RETRY_S: Final = 1.0
 PIECE_ROWS: Final = 256
 """Of a prompt, what its rows are priced by."""
@@ -35,17 +37,26 @@ class Forecasts:
         self.times = times
         self.lengths = Lengths()
         self.ttft, self.tpot = Learned(), Learned()
-        self._per_step = self._rows_each = 1.0
+        self.per_step = self._rows_each = 1.0
+        """Tokens and rows of a sequence in a step that it decodes in, in the mean."""
+        self._drafting_s = 0.0
         self._prompt_rows = self._n_decodes = 0.0
 
     # -- what steps and endings say ------------------------------------------------------------------------
 
-    def stepped(self, n_decodes: int, n_rows: int, n_tokens: int, prompt_rows: int) -> None:
-        """A step of so many decodes had so many rows of theirs, brought them ``n_tokens``, and computed prompts."""
+    def step_s(self, n_decodes: int, prompt_rows: int) -> float:
+        """Of a step of so many decodes, with guesses as there have been lately, and so many rows of prompts."""
+        rows = np.array([max(1, n_decodes, round(n_decodes * self._rows_each))])
+        return self._drafting_s + float(self.times.mixed(max(1, n_decodes), rows, prompt_rows)[0])
+
+    def stepped(self, n_decodes: int, n_rows: int, n_tokens: int, prompt_rows: int, drafting_s: float = 0.0) -> None:
+        """A step of so many decodes had so many rows of theirs, brought them ``n_tokens``, and computed prompts; a
+        draft model took so long before it."""
+        self._drafting_s += RATE * (drafting_s - self._drafting_s)
         self._prompt_rows += RATE * (prompt_rows - self._prompt_rows)
         self._n_decodes += RATE * (n_decodes - self._n_decodes)
         if n_decodes:
-            self._per_step += RATE * (n_tokens / n_decodes - self._per_step)
+            self.per_step += RATE * (n_tokens / n_decodes - self.per_step)
             self._rows_each += RATE * (n_rows / n_decodes - self._rows_each)
 
     def ended(self, seq: Seq, ledger: Ledger) -> None:
@@ -82,14 +93,16 @@ class Forecasts:
             retry_after_s=0.0 if slo is None else self._retry_after_s(slo, expected, ttft_s, tpot_s),
         )
 
-    def device_s(self, add: Add) -> float:
-        """About what all of a request takes of the device: its prompt's rows, and its tokens' part of steps among those
-        who decode now."""
+    def coming(self, add: Add, now_s: float) -> Coming:
+        """A request as those see it who decide about turns. It costs about what its prompt's rows take, and its tokens'
+        part of steps among those who decode now."""
+        slo = add.slo or NOTHING
         n = max(1, round(self._n_decodes))
         step_s = self.times.plain(n)
         row_s = (float(self.times.mixed(n, np.array([n]), PIECE_ROWS)[0]) - step_s) / PIECE_ROWS
         n_tokens = self.lengths.left(0, add.max_tokens)
-        return len(add.prompt) * row_s + add.n * n_tokens / self._per_step * step_s / n
+        cost_s = len(add.prompt) * row_s + add.n * n_tokens / self.per_step * step_s / n
+        return Coming(now_s, add.tenant, cost_s, slo.weight, slo.ttft_s)
 
     def admit(self, scheduler: Scheduler, request: Request) -> None:
         """Give a request that is promised something its forecast. Raises ``Overloaded`` for a strict one whose promise
@@ -120,7 +133,7 @@ class Forecasts:
             n_slots=n_slots,
             chunk=min(room, scheduler.chunks.chosen or room),
             prompt_rows=self._prompt_rows,
-            per_step=self._per_step,
+            per_step=self.per_step,
             rows_each=self._rows_each,
         )
 

@@ -39,7 +39,7 @@ def _prompt_rows(scheduler: Scheduler, decodes: Sequence[Seq]) -> int:
         if n_slots < 0 or left >= config.max_step_tokens:
             break
         left += seq.n_tokens
-    return min(left, scheduler.chunks.budget(decodes, prefills, scheduler.waiting) - len(decodes)) if left else 0
+    return min(left, scheduler.prompt_budget(decodes, prefills) - len(decodes)) if left else 0
 
 
 def grow_trees(scheduler: Scheduler, spans: Iterable[Span]) -> None:

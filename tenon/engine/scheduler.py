@@ -34,7 +34,7 @@ from tenon.engine.ledger import Ledgers, nothing_known
 from tenon.engine.messages import Accepted, Add, Delta, Embedded, PromptScores
 from tenon.engine.pending import Pending
 from tenon.engine.policies.evict import Evict
-from tenon.engine.policies.order import ORDERS, Coming
+from tenon.engine.policies.order import ORDERS
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.policies.table import POLICIES
 from tenon.engine.pooling import pooled, with_hidden
@@ -148,10 +148,7 @@ class Scheduler:
         self.forecasts.admit(self, request)
         self.requests[add.request_id] = request
         self.ledgers.received(request.seqs[0], self.now_s, len(self.running) + len(self.waiting))
-        slo = add.slo
-        cost_s = self.forecasts.device_s(add)
-        weight, ttft_s = (1.0, None) if slo is None else (slo.weight, slo.ttft_s)
-        request.due_s = self.order.due_s(Coming(self.now_s, add.tenant, cost_s, weight, ttft_s))
+        request.due_s = self.order.due_s(self.forecasts.coming(add, self.now_s))
         insort(self.waiting, request.seqs[0], key=_turn)
         self.counters.started += 1
         self._n_bound += add.grammar is not None
@@ -226,7 +223,7 @@ class Scheduler:
             self._spans = lane.spans
             if self.waiting:
                 self._spans = list(lane.spans)
-                self._admit(self.chunks.budget(lane.seqs, (), self.waiting) - len(lane.spans))
+                self._admit(self.prompt_budget(lane.seqs, ()) - len(lane.spans))
             if self._lane is not lane:
                 self._count_prompts()
                 return self._assembled(self.tables.take_moves())
@@ -243,7 +240,7 @@ class Scheduler:
         prefills: list[Seq] = []
         for seq in self.running:
             (decodes if seq.is_decoding else prefills).append(seq)
-        budget = min(self.config.max_step_tokens, self.chunks.budget(decodes, prefills, self.waiting) + n_guessed)
+        budget = min(self.config.max_step_tokens, self.prompt_budget(decodes, prefills) + n_guessed)
         if not alone:
             budget = self._span_decodes(decodes, budget)
         for seq in prefills:  # their blocks were taken when they came in
@@ -289,6 +286,10 @@ class Scheduler:
             return True
         n_slots = self.config.max_sequences - sum(seq.n_slots for seq in self.running)
         return bool(self.waiting) and self.waiting[0].n_slots <= n_slots and self.waiting[0].looked_up is None
+
+    def prompt_budget(self, decodes: Sequence[Seq], prefills: Sequence[Seq]) -> int:
+        """Rows of the next step, guesses aside, if these decode and these and who waits compute prompts."""
+        return self.chunks.budget(decodes, prefills, self.waiting, self.now_s, self.forecasts)
 
     def _count_prompts(self) -> None:
         prompts = [span.n for span in self._spans if not span.seq.is_decoding]
@@ -414,7 +415,8 @@ class Scheduler:
             self.embedded.append(done)
         self.counters.output_tokens += n_new
         n_decodes, n_rows = len(self._spans) - self.prompt_spans, step.n_rows - self.prompt_rows
-        self.forecasts.stepped(n_decodes, n_rows, n_new - n_prompted, self.prompt_rows)
+        drafting_s = 0.0 if self.speculation is None else self.speculation.drafting_s
+        self.forecasts.stepped(n_decodes, n_rows, n_new - n_prompted, self.prompt_rows, drafting_s)
         self._spans = []
         return deltas
 

@@ -302,7 +302,7 @@ def test_what_is_aimed_at_has_to_be_said() -> None:
     with pytest.raises(ConfigError, match="tpot_ms must be given where chunk is 'adaptive'") as refused:
         EngineConfig(chunk="adaptive")
     assert refused.value.subject == "tpot_ms"
-    assert set(CHUNKS) == {"fixed", "adaptive", "threshold"}
+    assert set(CHUNKS) == {"fixed", "adaptive", "threshold", "patient"}
 
 
 @pytest.fixture

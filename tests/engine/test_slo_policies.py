@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenon.engine.policies.forest import Bool, Forest
-from tenon.engine.policies.slo import LARGEST, Claims, Paper, Slack, optimal
+from tenon.engine.policies.slo import LARGEST, NEAR, Claims, Paper, Slack, optimal, patience
 from tenon.engine.policies.speculate import Load, Throughput
 from tenon.engine.policies.step_time import StepTimes
 from tests.engine.trees import grown
@@ -195,16 +195,88 @@ def test_ours_chooses_trees_within_the_budget(forest: Forest, data: st.DataObjec
         assert is_closed(forest, mask)
 
 
-def test_of_equal_guesses_ours_takes_those_of_who_is_late() -> None:
-    forest = of([(-1, 0.6), (0, 0.4)], [(-1, 0.6), (0, 0.4)])
-    mask = Slack().choose(forest, Load(2, 2, FLAT, claims=needing([-9.0, 3.0])))
+def running(*since_s: float, weight: float = 1.0) -> Claims:
+    """Promised a token each 10 ms, and with 15 of them since their first."""
+    n = len(since_s)
+    return Claims(np.array(since_s), np.full(n, 15.0), np.full(n, 1e-2), np.full(n, weight))
+
+
+@pytest.mark.parametrize(
+    ("since_s", "who"),
+    [((0.05, 0.16), 1), ((0.16, 0.05), 0), ((0.14, 0.16), 1), ((0.16, 0.50), 0), ((0.05, 0.50), 1)],
+    ids=[
+        "the late one",
+        "wherever it stands",
+        "the later one",
+        "not one that is lost",
+        "one that is lost is not worst",
+    ],
+)
+def test_of_equal_guesses_ours_takes_those_of_who_needs_them(since_s: tuple[float, float], who: int) -> None:
+    forest = of([(-1, 0.6), (0, 0.5)], [(-1, 0.6), (0, 0.5)])
+    mask = Slack().choose(forest, Load(2, 2, FLAT, claims=running(*since_s)))
     assert mask is not None
-    assert mask.tolist() == [[False, False], [True, True]]
+    assert mask.sum(1).tolist() == [2 * (who == 0), 2 * (who == 1)]
+
+
+def test_a_node_is_worth_its_rows_time_at_what_time_usually_brings() -> None:
+    """One step with good guesses does not stop where its own average would be best."""
+    seconds = StepTimes({1: 1e-2, 101: 1.1e-1})  # a millisecond a row
+    poor, rich = of([(-1, 0.12)] * 4), of([(-1, 0.99), (0, 0.98), (1, 0.6), (2, 0.5)])
+    policy = Slack()
+    assert policy.choose(poor, Load(1, 9, seconds)) is None
+    for _ in range(200):
+        policy.choose(poor, Load(1, 9, seconds))
+    # Time brings 100 tokens a second, a row's millisecond 0.1: all of them are worth it.
+    found = policy.choose(rich, Load(1, 9, seconds))
+    assert found is not None
+    assert found.sum() == 4
+
+
+def test_steps_with_prompts_are_judged_by_their_rows_alone() -> None:
+    forest = of([(-1, 0.6), (0, 0.5)], [(-1, 0.6), (0, 0.5)])
+    seconds = StepTimes({1: 1e-2, 101: 2e-2})
+    alone, beside = (Slack().choose(forest, Load(2, 9, seconds, prompt_rows=rows)) for rows in (0, 500))
+    assert alone is not None
+    assert np.array_equal(alone, beside)
 
 
 def test_of_equal_sequences_ours_takes_the_guesses_of_who_weighs_more() -> None:
-    forest = of([(-1, 0.6), (0, 0.4)], [(-1, 0.6), (0, 0.4)])
-    claims = replace(needing([1.0, 1.0]), weight=np.array([1.0, 2.0]))
+    forest = of([(-1, 0.6), (0, 0.5)], [(-1, 0.6), (0, 0.5)])
+    claims = replace(running(0.15, 0.15), weight=np.array([1.0, 2.0]))
     mask = Slack().choose(forest, Load(2, 2, FLAT, claims=claims))
     assert mask is not None
     assert mask.tolist() == [[False, False], [True, True]]
+
+
+# -- prompts beside decodes --------------------------------------------------------------------------------------
+
+
+@given(
+    since=st.lists(st.floats(0, 0.5), min_size=1, max_size=5),
+    least=st.integers(1, 20),
+    more=st.integers(0, 100),
+    row_s=st.sampled_from([0.0, 1e-5, 1e-3]),
+)
+def test_prompts_have_as_many_rows_as_leave_those_in_time_who_are(
+    since: list[float], least: int, more: int, row_s: float
+) -> None:
+    claims, most = running(*since), least + more
+
+    def step_s(rows: int) -> float:
+        return 5e-3 + rows * row_s
+
+    rows = patience(claims, 1.0, step_s, least, most)
+    assert least <= rows <= most
+    left_s = [0.16 - one for one in since if 0.16 - one > step_s(0)]
+    if not left_s:
+        assert rows == least
+    elif rows > least:
+        assert step_s(rows) <= step_s(0) + NEAR * (min(left_s) - step_s(0)) + 1e-12
+    if rows < most and left_s:
+        assert step_s(rows + 1) > step_s(0) + NEAR * (min(left_s) - step_s(0))
+
+
+def test_where_nobody_is_promised_anything_prompts_have_all_the_room() -> None:
+    nothing = Claims(np.zeros(2), np.ones(2), np.full(2, np.inf), np.ones(2))
+    assert patience(None, 1.0, float, 1, 500) == patience(nothing, 1.0, float, 1, 500) == 500

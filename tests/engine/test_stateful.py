@@ -193,5 +193,5 @@ def test_serving_in_any_order() -> None:
 @pytest.mark.timeout(1800)
 def test_ten_thousand_steps_in_any_order() -> None:
     before = Serving.n_steps
-    check(examples=300, steps=40)
+    check(examples=350, steps=40)
     assert Serving.n_steps - before >= 10_000

@@ -3,6 +3,7 @@
     Fixed        as many as the step has room for
     Threshold    the paper's rule: fewer as soon as more than a threshold of sequences decode, down to a floor
     Adaptive     ours: the most with which the predicted step ends within the target for the time between tokens
+    Patient      ours: the most that leave those who are promised so many seconds a token in time
 
 A policy knows neither clock nor scheduler: what a step holds is handed in as :class:`Load`, how long steps of a shape
 take is a :class:`Model`, and whoever measures a step tells both. Cutting a prompt otherwise never changes what is
@@ -11,6 +12,7 @@ answered (AsymCache §4.1: chunks are taken in position order).
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +21,7 @@ from math import inf
 from typing import Final, Protocol
 
 from tenon.cost.work import PIECE_ROWS, StepShape, with_run
+from tenon.engine.policies.slo import Claims, patience
 
 StepSeconds = Callable[[StepShape], float]
 """Predicted seconds of a step, the engine's own time included. Must not fall when a shape grows."""
@@ -53,6 +56,17 @@ class Limits:
         return PIECE_ROWS * -(-self.most // (PIECE_ROWS * CANDIDATES))
 
 
+@dataclass(frozen=True)
+class Promised:
+    """``claims`` of those who decode, tokens that the step brings each of them, and what it takes with so many rows of
+    prompts besides; of prompts, (seconds until the first token is due, rows to compute)."""
+
+    claims: Claims | None
+    brought: float
+    seconds_of: Callable[[int], float]
+    due: Sequence[tuple[float, int]] = ()
+
+
 Run = tuple[int, int, int]
 """(start, n, outputs): positions [start, start + n) to compute, and how many tokens are sampled from the last one."""
 
@@ -60,8 +74,15 @@ Run = tuple[int, int, int]
 class Load:
     """What the next step holds: its decodes as sums, and the runs that prompts have to compute, in the step's order."""
 
-    def __init__(self, decodes: StepShape, runs: Iterable[Run], windows: Sequence[int | None]) -> None:
+    def __init__(
+        self,
+        decodes: StepShape,
+        runs: Iterable[Run],
+        windows: Sequence[int | None],
+        promised: Promised | None = None,
+    ) -> None:
         self.decodes = decodes
+        self.promised = promised
         self._runs, self._windows = list(runs), windows
         self._shapes = [decodes]
         self._ends = [0]
@@ -254,9 +275,31 @@ class Adaptive:
         return self.model(load.shape(rows)) <= self._within_s
 
 
+class Patient:
+    """As many as leave those who decode in time (:func:`tenon.engine.policies.slo.patience`), but no fewer than bring
+    prompts to their first tokens when these are due (earliest deadline first)."""
+
+    model = None
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+
+    def choose(self, load: Load) -> int:
+        limits, promised = self._limits, load.promised
+        if promised is None or load.n_decodes == 0:
+            return limits.most
+        step_s, rows, pace = promised.seconds_of(0), 0, 0.0
+        for due_s, n in sorted(promised.due):
+            rows += n
+            pace = max(pace, rows / max(due_s, step_s))
+        least = min(max(limits.least, math.ceil(pace * step_s)), limits.most)
+        return patience(promised.claims, promised.brought, promised.seconds_of, least, limits.most)
+
+
 CHUNKS: Final[dict[str, Callable[[Limits, Model], Chunk]]] = {
     "fixed": lambda limits, model: Fixed(limits),
     "threshold": lambda limits, model: Threshold(limits),
     "adaptive": Adaptive,
+    "patient": lambda limits, model: Patient(limits),
 }
 """By the word that a config names them with."""

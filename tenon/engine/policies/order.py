@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-PATIENCE_S: Final = 10.0
+PATIENCE_S: Final = 2.0
 """In which the first token of a request is due that was promised none."""
 
 

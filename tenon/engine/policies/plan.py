@@ -22,6 +22,8 @@ FIRST: Final = (0.5, 0.3, 0.2)
 """Chances that a guess of each rank is right where the ones before it are wrong, before anything is known."""
 MEMORY: Final = 128
 """Observations that an average goes back."""
+RATE: Final = 0.1
+"""Of the average of tokens a second."""
 KEEP: Final = 32
 """Rounds that a choice stands for, as long as the same kind of sequences decode."""
 TRY_EVERY: Final = 256
@@ -33,6 +35,15 @@ class Plan(Protocol):
 
     def choose(self, warm: Sequence[int], n_decodes: int) -> tuple[int, int]:
         """Depth and width for sequences of these warmths, among so many that decode; (0, 0): not at all."""
+        ...
+
+    def goes_on(self, mass: float, n_nodes: int, n_trees: int) -> bool:
+        """Whether another level is worth it: ``n_nodes`` are at the trees' ends, whose paths are thought to come true
+        so often in all."""
+        ...
+
+    def told(self, rate: float) -> None:
+        """Steps with what was drafted bring so many tokens a second."""
         ...
 
     def observe(self, warm: int, ranks: Sequence[int], right: int | None) -> None:
@@ -48,6 +59,13 @@ class FixedPlan:
 
     def choose(self, warm: Sequence[int], n_decodes: int) -> tuple[int, int]:
         return self.drafts(n_decodes) or (0, 0)
+
+    def goes_on(self, mass: float, n_nodes: int, n_trees: int) -> bool:
+        """Whatever they are."""
+        return True
+
+    def told(self, rate: float) -> None:
+        """Nothing depends on it."""
 
     def observe(self, warm: int, ranks: Sequence[int], right: int | None) -> None:
         """Nothing to learn."""
@@ -65,6 +83,10 @@ class DraftPlan:
         self._left = self._n_decodes = 0
         self._warm: list[int] = []
         self._best = (0, 0)
+        self._hit = 0.0
+        """Of the best choice: the chance that one of a level's guesses is right."""
+        self._rate: float | None = None
+        """Tokens a second that steps bring, drafting included."""
 
     def choose(self, warm: Sequence[int], n_decodes: int) -> tuple[int, int]:
         """Depth and width for sequences of these warmths; (0, 0) where it does not pay."""
@@ -82,6 +104,7 @@ class DraftPlan:
         n = len(warm)
         chance = self._chance[list(warm)].mean(0)
         best, best_rate = (0, 0), n_decodes / self._seconds.plain(n_decodes) * (1 + MARGIN)
+        self._hit = 1.0
         for width in WIDTHS:
             hit = 1 - float(np.prod(1 - chance[:width]))
             depth = np.arange(1, self._max_depth + 1)
@@ -95,7 +118,21 @@ class DraftPlan:
             at = int(np.argmax(rate))
             if rate[at] > best_rate:
                 best, best_rate = (at + 1, width), float(rate[at])
+                self._hit = hit
         return best
+
+    def goes_on(self, mass: float, n_nodes: int, n_trees: int) -> bool:
+        """Whether what the level is expected to bring is more than steps bring in the time that it takes, verifying
+        one more node of each tree included."""
+        if self._rate is None or self._best == (0, 0):  # it is drafted to see what comes of it
+            return True
+        n = self._n_decodes
+        verified_s, more_s = self._seconds.guessed(n, np.array([n + n_nodes, n + n_nodes + n_trees])).tolist()
+        level_s = float(self._draft.plain_of(np.array([n_nodes]))[0]) + more_s - verified_s
+        return bool(mass * self._hit > self._rate * level_s)
+
+    def told(self, rate: float) -> None:
+        self._rate = rate if self._rate is None else self._rate + RATE * (rate - self._rate)
 
     def observe(self, warm: int, ranks: Sequence[int], right: int | None) -> None:
         for rank in sorted(ranks):

@@ -17,6 +17,7 @@ Shapes: n sequences with a tree, C columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,7 +28,8 @@ from tenon.engine.policies.forest import F32, Bool, Forest
 from tenon.engine.policies.speculate import BUDGET, F64, Load, likeliest
 
 I64 = NDArray[np.int64]
-
+NEAR: Final = 0.5
+"""Of the slack of whoever has least, what a step may take more for others' prompts."""
 LARGEST: Final = 1.2
 """Of one sequence's tree in the first phase, over an even share of the budget (the paper's artifact)."""
 DEEPEST, SHALLOWEST, WIDEST, DRAFT_ROWS = 8, 4, 3, 96
@@ -50,6 +52,31 @@ class Claims:
     def need(self, step_s: float) -> F64:
         """Tokens that a step of so many seconds has to bring each: none or fewer where somebody is ahead."""
         return (self.since_s + step_s) / self.tpot_s - self.tokens
+
+
+def patience(claims: Claims | None, brought: float, seconds_of: Callable[[int], float], least: int, most: int) -> int:
+    """Rows of prompts that a step may compute beside decodes: as many as leave those who are in time in time, when the
+    step brings each of them so many tokens; ``least`` in any case. ``seconds_of`` a step with so many rows of prompts.
+
+    A prompt's rows take what they take in whichever step, so more steps cost nothing but the prompt's own wait, while
+    a long step cannot be made up for by a sequence that has few tokens left.
+    """
+    if claims is None or least >= most:
+        return most
+    left_s = claims.tpot_s * (claims.tokens + brought) - claims.since_s
+    plain_s = seconds_of(0)
+    ahead = left_s[(left_s > plain_s) & np.isfinite(left_s)]
+    if not len(ahead):
+        return most if not np.isfinite(claims.tpot_s).any() else least
+    most_s = plain_s + NEAR * (float(ahead.min()) - plain_s)
+    low, high = least, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if seconds_of(middle) <= most_s:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def optimal(f: F32, need: F64, budget: int) -> Bool | None:
@@ -113,7 +140,7 @@ class Paper:
         f, n = forest.f, len(forest.f)
         mask = np.zeros(forest.shape, np.bool_)
         if load.claims is not None:
-            step_s = float(load.seconds.mixed(load.n, np.array([load.n + most]), load.prompt_rows)[0])
+            step_s = load.spent_s + float(load.seconds.mixed(load.n, np.array([load.n + most]), load.prompt_rows)[0])
             need = np.minimum(load.claims.need(step_s), forest.depth.max(axis=1, initial=0) + 1)
             order = np.argsort(need if self.ascending else -need, kind="stable")
             largest = int(LARGEST * self.budget / load.n)
@@ -122,28 +149,33 @@ class Paper:
         return _fill(mask, f, most)
 
 
-EARLY: Final = 0.3
-"""What a token counts of one that is in time without any in this step, over one for who is not."""
-SMOOTH: Final = 0.5
-"""Tokens of need over which the one becomes the other."""
-HORIZON: Final = 48
-"""Tokens within which somebody late could still make up for it; who could not is a lost cause, and counts as early."""
-LIKELY_ROWS: Final = 4
-"""Of ``Slack``: no tree has more nodes than so many even shares of what the step has room for."""
-STAY: Final = 0.03
-"""By how much another budget has to be better than the last one."""
+STEEP: Final = 4.0
+"""What a token counts for its sequence is how late that is, to this power: lateness is the time since its first token
+over what it was promised for as many, at the end of the step."""
+LEAST, MOST = 0.1, 10.0
+"""Between which that lies."""
+LOST, FOR_LOST = 1.3, 0.3
+"""Who is later than this will not make up for it: its tokens count so much."""
+FEW: Final = 4
+"""Tokens after the first; who has fewer is judged as if it had so many."""
+RATE: Final = 0.05
+"""Of the averages of what steps bring and take."""
 
 
 class Slack:
-    """Ours: each node's f times what a token counts for its sequence, the best of all first, and as many of them as
-    bring the most of that a second.
+    """Ours: each node's f times what a token counts for its sequence, the best of all first, and of these as many as
+    are worth their rows' time.
 
-    With s the slack of a sequence, in tokens, and a penalty that falls with it, a step's gain in penalty per second is
-    sum over sequences of weight x (tokens / step's seconds - 1 / tpot), whose last term no choice changes: so what is
-    promised decides how tokens are weighed, and the rest is the most weighted tokens a second.
+    With a penalty that grows with lateness, what a step of T seconds does to all penalties is, in the first order, sum
+    over sequences of weight x (T / tpot - tokens): a node is worth weight x f, and time costs what it usually brings,
+    weighted tokens a second in the average of steps. (Each step's own best rate is another and worse rule: a step with
+    good guesses would stop too early, one with bad ones too late.) Prompts' rows are left out of that: they are
+    computed in one step or another.
     """
 
     def __init__(self) -> None:
+        self._brought = self._taken_s = 0.0
+        """By steps, in the average."""
         self._last_s = 0.0
         """What the last step was thought to take."""
 
@@ -155,33 +187,38 @@ class Slack:
         """As much as pays."""
 
     def choose(self, forest: Forest, load: Load) -> Bool | None:
-        f, n = forest.f, load.n
-        seconds = load.seconds
-        plain_s = float(seconds.mixed(n, np.array([n]), load.prompt_rows)[0])
-        weight_n = self._weights(load, len(f), plain_s)
+        f, n, seconds = forest.f, load.n, load.seconds
+        mixed_s = seconds.mixed(n, np.array([n]), load.prompt_rows)
+        plain_s = load.spent_s + seconds.plain(n)
+        weight_n = _weights(load, len(f), max(self._last_s, load.spent_s + float(mixed_s[0])))
         worth = (f * weight_n[:, None]).astype(np.float32)
         order = likeliest(worth)[: load.most]
         if not len(order):
             return None
-        rest = (load.n - len(weight_n)) * 1.0 + float(weight_n.sum())
-        gained = rest + np.cumsum(worth.ravel()[order], dtype=np.float64)
-        taken_s = seconds.mixed(n, n + np.arange(1, len(order) + 1), load.prompt_rows)
-        rate = gained / taken_s
-        best = int(np.argmax(rate))
-        if rate[best] * plain_s < rest * (1 + load.margin):
-            self._last_s = plain_s
+        roots = float(weight_n.sum()) + load.n - len(weight_n)
+        brought = roots + np.cumsum(worth.ravel()[order], dtype=np.float64)
+        taken_s = load.spent_s + seconds.guessed(n, n + np.arange(1, len(order) + 1))
+        price = self._brought / self._taken_s if self._taken_s else float((brought / taken_s).max())
+        best = int(np.argmax(brought - price * taken_s))
+        is_none = brought[best] * plain_s < roots * (1 + load.margin) * taken_s[best]
+        self._learn(*((roots, plain_s) if is_none else (float(brought[best]), float(taken_s[best]))))
+        self._last_s = float(mixed_s[0]) + (plain_s if is_none else float(taken_s[best])) - seconds.plain(n)
+        if is_none:
             return None
-        self._last_s = float(taken_s[best])
         mask = np.zeros(forest.shape, np.bool_)
         mask.ravel()[order[: best + 1]] = True
         return mask
 
-    def _weights(self, load: Load, n: int, plain_s: float) -> F64:
-        """(n,) what a token of each counts."""
-        claims = load.claims
-        if claims is None:
-            return np.ones(n)
-        step_s = max(self._last_s, plain_s)
-        need = claims.need(step_s)
-        late = 1 / (1 + np.exp(-np.clip(need / SMOOTH, -30, 30)))
-        return claims.weight * (EARLY + (1 - EARLY) * late)
+    def _learn(self, brought: float, taken_s: float) -> None:
+        rate = RATE if self._taken_s else 1.0
+        self._brought += rate * (brought - self._brought)
+        self._taken_s += rate * (taken_s - self._taken_s)
+
+
+def _weights(load: Load, n: int, step_s: float) -> F64:
+    """(n,) what a token of each counts, if the step takes so long."""
+    claims = load.claims
+    if claims is None:
+        return np.ones(n)
+    late = (claims.since_s + step_s) / (np.maximum(claims.tokens, FEW) * claims.tpot_s)
+    return claims.weight * np.where(late > LOST, FOR_LOST, np.clip(late**STEEP, LEAST, MOST))

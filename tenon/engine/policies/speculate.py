@@ -45,7 +45,7 @@ BATCHES: Final = ((1, 8), (4, 6), (8, 4), (16, 3), (32, 2), (64, 1))
 
 
 class Seconds(Protocol):
-    """How long steps take, all that belongs to them included."""
+    """How long steps take, all that belongs to them included but for the levels of a draft model."""
 
     def plain(self, rows: int) -> float:
         """Of a step that computes the newest token of ``rows`` sequences."""
@@ -74,6 +74,8 @@ class Load:
     """What the forest's sequences are promised; None where nobody is promised anything."""
     prompt_rows: int = 0
     """That the step is going to compute besides."""
+    spent_s: float = 0.0
+    """What the step has taken already, whatever is chosen: a draft model's levels."""
 
 
 def margin(n_trees: int) -> float:
@@ -209,8 +211,8 @@ class Pays:
         if not len(order):
             return None
         gained = load.n + np.cumsum(f.ravel()[order], dtype=np.float64)
-        rate = gained / load.seconds.guessed(load.n, load.n + np.arange(1, len(order) + 1))
+        rate = gained / (load.spent_s + load.seconds.guessed(load.n, load.n + np.arange(1, len(order) + 1)))
         best = int(np.argmax(rate))
-        if rate[best] * load.seconds.plain(load.n) < load.n * (1 + load.margin):
+        if rate[best] * (load.spent_s + load.seconds.plain(load.n)) < load.n * (1 + load.margin):
             return None
         return _mask(forest, order[: best + 1])

@@ -181,7 +181,8 @@ class _Plain:
         self._new.add(k)
 
     def known(self, k: int) -> bool:
-        return not np.isnan(self._ratio.item(k))
+        """Whether it was seen, or the next smaller or larger one."""
+        return not np.isnan(self._ratio[max(0, k - 1) : k + 2]).all()
 
     def in_common(self) -> float:
         """Take over what was heard. Returns what all ratios have in common, which they are without from now on: it is

@@ -17,6 +17,33 @@ from tenon.engine.sequence import Seq
 NOTHING: Final = Slo()
 
 
+class Claimants:
+    """Sequences by what they are promised. Shapes: n of them."""
+
+    def __init__(self, seqs: Sequence[Seq]) -> None:
+        self._seqs = seqs
+        slos = [seq.request.add.slo or NOTHING for seq in seqs]
+        self._promised = any(slo.tpot_s is not None for slo in slos)
+        self._tpot_s = np.array([np.inf if slo.tpot_s is None else slo.tpot_s for slo in slos], np.float64)
+        self._weight = np.array([slo.weight for slo in slos], np.float64)
+        self._first_s = np.array([np.inf if seq.first_s is None else seq.first_s for seq in seqs], np.float64)
+        self._first_n = np.array([seq.n_prompt + seq.first_n for seq in seqs], np.float64)
+
+    def claims(self, now_s: float) -> Claims | None:
+        """Where they stand; None where nobody is promised anything."""
+        if not self._promised:
+            return None
+        tokens = np.array([seq.n_tokens for seq in self._seqs], np.float64) - self._first_n
+        return Claims(np.maximum(0.0, now_s - self._first_s), tokens, self._tpot_s, self._weight)
+
+
+def claims_of(seqs: Sequence[Seq], now_s: float) -> Claims | None:
+    """What they are promised, and where they stand; None where nobody is promised anything."""
+    if not any(seq.request.add.slo for seq in seqs):
+        return None
+    return Claimants(seqs).claims(now_s)
+
+
 class Asked:
     """Sequences that want trees. Shapes: n of them."""
 
@@ -29,19 +56,11 @@ class Asked:
         most = [add.speculate if 0 <= add.speculate < max_depth else max_depth for add in adds]
         self.most_n = np.array(most, np.int64)
         self.warm_n: NDArray[np.int64] = np.array([warmth(add.temperature) for add in adds], np.int64)
-        slos = [NOTHING if seq.request.downgraded else seq.request.add.slo or NOTHING for seq in seqs]
-        self._promised = any(slo.tpot_s is not None for slo in slos)
-        self._tpot_s = np.array([np.inf if slo.tpot_s is None else slo.tpot_s for slo in slos], np.float64)
-        self._weight = np.array([slo.weight for slo in slos], np.float64)
-        self._first_s = np.array([np.inf if seq.first_s is None else seq.first_s for seq in seqs], np.float64)
-        self._first_n = np.array([seq.n_prompt + seq.first_n for seq in seqs], np.float64)
+        self._claimants = Claimants(seqs)
 
     def claims(self, now_s: float) -> Claims | None:
         """What they are promised, and where they stand; None where nobody is promised anything."""
-        if not self._promised:
-            return None
-        tokens = np.array([seq.n_tokens for seq in self.seqs], np.float64) - self._first_n
-        return Claims(np.maximum(0.0, now_s - self._first_s), tokens, self._tpot_s, self._weight)
+        return self._claimants.claims(now_s)
 
     def depths(self) -> I32:
         """(n,) how deep the trees may be: what is guessed has to leave room for a token after it."""

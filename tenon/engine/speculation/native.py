@@ -141,6 +141,6 @@ class QuickPays(Pays):
         self.address = ctypes.addressof(self._struct)
 
     def choose(self, forest: Forest, load: Load) -> Bool | None:
-        if load.seconds is not self._times or forest.f.size > MOST_NODES:
+        if load.seconds is not self._times or forest.f.size > MOST_NODES or load.spent_s:
             return super().choose(forest, load)
         return forest.chosen if self._pays(view(forest), load.n, load.most, load.margin, self.address) > 0 else None

@@ -149,7 +149,10 @@ class SimulatedDrafter(Planned):
         path, column, is_true = np.ones((n, 1)), np.full((n, 1), -1), np.ones((n, 1), np.bool_)
         for level in range(depth):
             alive = depth_n > level
-            self._spend(int(np.count_nonzero(alive)) * path.shape[1])
+            n_alive = int(np.count_nonzero(alive))
+            if level and not self.plan.goes_on(float(path[alive].sum()), n_alive * path.shape[1], n_alive):
+                break
+            self._spend(n_alive * path.shape[1])
             other = pools[rows, (salt[:, None] + 31 * level + 977 * (column + 2)) % POOL]
             q = np.where(is_true[:, :, None], said[:, level][:, None, :], other)
             worth = (path[:, :, None] * q).reshape(n, -1)

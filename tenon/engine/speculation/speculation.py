@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Final
 
@@ -98,13 +98,15 @@ class Speculation:
         """Whether guesses were asked for in this step."""
         self.looks_around = False
         """Whether somebody may have been new to it, and was followed from the beginning of a prompt."""
+        self.drafting_s = 0.0
+        """What a draft model took in this step."""
         self._company = NOBODY
         self._warm: Set[int] = frozenset()
         """Ranges of temperatures that were guessed for last."""
         self._n_seen = [0] * (len(WARM) + 1)
         """Trees, by those ranges."""
         self._quick = QuickRound.of(drafters, self.calibrator, policy)
-        self._n_chosen = self._tried_at = 0
+        self._n_chosen = self._tried_at = self._n_rests = 0
         self._asking, self._clock = Asking(), clock
         models = [drafter for drafter in drafters if isinstance(drafter, Planned)]
         self._model = (models[0], self.kinds.index(models[0].kinds[0])) if models else None
@@ -114,8 +116,12 @@ class Speculation:
         trees among them, if there may be any. The step begins at ``now_s`` and computes so many rows of prompts
         besides. Returns how many nodes there are."""
         self.looks = self.looks_around = False
+        self.drafting_s = 0.0
         n_nodes = sum(len(seq.tree) for seq in seqs if seq.tree is not None) if may_have else 0
         if self.rests or not self._asking.due():
+            return n_nodes
+        if self._n_rests and not prompt_rows:  # a step with prompts says nothing of steps without guesses
+            self._n_rests -= 1
             return n_nodes
         start_s = 0.0 if self._clock is None else self._clock.now_s()
         company = self._company
@@ -144,10 +150,15 @@ class Speculation:
             elif trees:
                 won_s = self._won_s(trees, load.n)
             self._asking.tell(won_s, None if self.looks_around else taken_s, plain_s)
+        n_new = 0
         for seq, tree in trees:
             seq.tree = tree
-            n_nodes += len(tree)
-        return n_nodes
+            n_new += len(tree)
+        if self.drafting_s and self._model is not None:
+            gained = sum(f for _, tree in trees for _, _, _, f in tree.features)
+            taken_s = self.drafting_s + float(self.times.guessed(load.n, np.array([load.n + n_new]))[0])
+            self._model[0].plan.told((load.n + gained) / taken_s)
+        return n_nodes + n_new
 
     def _trees(self, ask: Asked, load: Load) -> tuple[Forest | None, list[tuple[Seq, Tree]]]:
         """What is guessed, and who gets a tree of it."""
@@ -160,8 +171,8 @@ class Speculation:
                 return forest, []
         elif self.policy.weighs:
             self._n_chosen += 1
-            if self._n_chosen % (REST_EVERY if self.times.known(load.n) else REST_EVERY_AT_FIRST) < 2:
-                return forest, []
+            if self._n_chosen % (REST_EVERY if self.times.known(load.n) else REST_EVERY_AT_FIRST) == 0:
+                self._n_rests = 2
         found = []
         for i, tree in _trees(forest, chosen):
             seq = ask.seqs[i]
@@ -217,7 +228,12 @@ class Speculation:
                 self._lose(self.drafters[0], error)
                 return None, None
         forest = self._forest(ask, ask.depths())
+        if self.drafting_s:
+            load = replace(load, spent_s=self.drafting_s)
         return forest, None if forest is None else self.policy.choose(forest, load)
+
+    def _now_s(self) -> float:
+        return 0.0 if self._clock is None else self._clock.now_s()
 
     def _lose(self, drafter: Drafter, error: Exception) -> None:
         """Nobody's answer hangs on a guess: who cannot make any is not asked again, and that is said."""
@@ -231,10 +247,13 @@ class Speculation:
         for drafter in self.drafters:
             forest = None
             if drafter.name not in self.lost:
+                start_s = self._now_s() if isinstance(drafter, Planned) else 0.0
                 try:
                     forest = drafter.propose(ask.seqs, depth_n, self.max_nodes)
                 except Exception as error:
                     self._lose(drafter, error)
+                if isinstance(drafter, Planned):
+                    self.drafting_s += self._now_s() - start_s
             if forest is not None:
                 if first:
                     forest.source += np.int8(first)
@@ -281,13 +300,14 @@ class Speculation:
         """The step took so long, from tick to tick; all its sequences decode."""
         if self.looks_around:
             return  # that belongs to a prompt
-        self.times.tell(len(step.seq), step.n_rows, seconds)
+        self.times.tell(len(step.seq), step.n_rows, seconds - self.drafting_s)
 
     def split(self, n: int, rows: int, prompt_rows: int) -> Split:
         """A step's seconds as ``times`` predict them, by what they are for."""
         plain_s = self.times.plain(n)
         guessed_s, mixed_s = (float(self.times.mixed(n, np.array([rows]), p)[0]) for p in (0, prompt_rows))
-        return Split(plain_s, mixed_s - guessed_s, guessed_s - plain_s if rows > n else 0.0)
+        guesses_s = self.drafting_s + (guessed_s - plain_s if rows > n else 0.0)
+        return Split(plain_s, mixed_s - guessed_s, guesses_s)
 
     def forget(self, seq: Seq) -> None:
         """It has ended."""
