@@ -33,7 +33,8 @@ def parse_estimate(body: bytes, limits: Limits) -> ChatRequest | CompletionReque
 class Estimates:
     """Questions that the engine has not answered yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
         self._waiting: dict[str, asyncio.Future[m.Estimated]] = {}
 
     async def answer(self, request_id: str) -> m.Estimated:
@@ -42,10 +43,10 @@ class Estimates:
         future: asyncio.Future[m.Estimated] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(self._patience_s):
                 told = await future
         except TimeoutError:
-            said = f"the engine did not answer within {PATIENCE_S:g} s"
+            said = f"the engine did not answer within {self._patience_s:g} s"
             raise Refusal(said, status=503, code="engine_busy", retry_after_s=1.0) from None
         finally:
             self._waiting.pop(request_id, None)
