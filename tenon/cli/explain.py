@@ -87,7 +87,8 @@ def show(console: Console, records: dict[str, Record]) -> None:
     n_prompt = records.get("started", {}).get("n_prompt")
     facts = [f"ended by {finished['reason']}", f"{finished['n_output']} tokens", _s(finished["e2e_s"])]
     facts += [f"{n_prompt} tokens of prompt"] if n_prompt is not None else []
-    console.print(f"{finished['request_id']}: {', '.join(facts)}", markup=False, highlight=False)
+    told = f"{finished['request_id']}: {', '.join(facts)}"
+    console.print(told, markup=False, highlight=False, soft_wrap=True)
     ledger = finished.get("ledger") or records.get("ledger", {}).get("ledger")
     if ledger is None:
         console.print("the engine has not said where its time went", highlight=False)
