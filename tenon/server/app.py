@@ -41,7 +41,17 @@ from tenon.server.slo import heard
 from tenon.server.storage_api import Json, StorageRoutes
 
 PAGE: Final = Path(__file__).parent / "page"
-SCRIPTS: Final = ("page.js", "dom.js", "settings.js", "answer.js", "tokens.js", "live.js", "map.js", "trees.js")
+SCRIPTS: Final = (
+    "page.js",
+    "dom.js",
+    "settings.js",
+    "answer.js",
+    "tokens.js",
+    "live.js",
+    "ledger.js",
+    "map.js",
+    "trees.js",
+)
 PAGE_FILES: Final = {
     "/": ("index.html", "text/html; charset=utf-8"),
     **{f"/{name}": (name, "text/javascript; charset=utf-8") for name in SCRIPTS},

@@ -19,9 +19,9 @@ Of these a reader has to ask for, by ``/events?kv=1`` and so on; they are in no 
                                             by id: the newest there are, then all; of the reader's own tenant alone
 
 ``cache`` is what the cache had for the prompt, null if the engine never took the request up: ``cached_tokens``,
-``holes``, ``n_misses`` and ``misses``, at most eight runs of positions with their reason (``messages.Miss``). ``slo`` is
-what a request was promised and what came of it, null without a promise, ``ledger`` where its time went, null where the
-engine has not said (:mod:`tenon.server.outcome`).
+``holes``, ``n_misses`` and ``misses``, at most eight runs of positions with their reason (``messages.Miss``).
+``slo`` is what a request was promised and what came of it, null without a promise; ``ledger`` is where its time went,
+null where the engine has not said (:mod:`tenon.server.outcome`).
 """
 
 from __future__ import annotations

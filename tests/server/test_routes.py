@@ -39,8 +39,8 @@ SOUND: dict[str, dict[str, Any]] = {
 """A body that each route takes."""
 GETS = {
     "/v1/models", "/v1/models/{name:path}", "/tokenizer_info", "/livez", "/health", "/readyz", "/metrics", "/events",
-    "/", "/page.js", "/dom.js", "/settings.js", "/answer.js", "/tokens.js", "/live.js", "/map.js", "/trees.js",
-    "/page.css",
+    "/", "/page.js", "/dom.js", "/settings.js", "/answer.js", "/tokens.js", "/live.js", "/ledger.js", "/map.js",
+    "/trees.js", "/page.css",
     "/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content", "/v1/batches", "/v1/batches/{batch_id}",
 }  # fmt: skip
 STORED = {"/v1/files", "/v1/batches", "/v1/batches/{batch_id}/cancel"}
