@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Final
 
 from tenon.base.errors import RequestError
@@ -14,6 +15,8 @@ from tenon.server.protocol import ChatRequest, CompletionRequest, json_object, p
 PATH: Final = "/v1/estimate"
 PATIENCE_S: Final = 10.0
 """The engine answers between two steps."""
+MOST_WAITING: Final = 64
+"""Estimates at one time: each costs the engine a look at its cache."""
 
 
 def parse_estimate(body: bytes, limits: Limits) -> ChatRequest | CompletionRequest:
@@ -37,12 +40,16 @@ class Estimates:
         self._patience_s = patience_s
         self._waiting: dict[str, asyncio.Future[m.Estimated]] = {}
 
-    async def answer(self, request_id: str) -> m.Estimated:
-        """Of the request that the engine has been asked about under this name. Raises ``Refusal``: what the engine
-        would refuse it with, or 503 where it has ended or does not answer."""
+    async def answer(self, request_id: str, ask: Callable[[], None]) -> m.Estimated:
+        """Of the request that ``ask`` asks the engine about. Raises ``Refusal``: what the engine would refuse it with,
+        429 where too many wait, 503 where the engine has ended or does not answer."""
+        if len(self._waiting) >= MOST_WAITING:
+            said = f"{MOST_WAITING} estimates are waited for already, which is the limit"
+            raise Refusal(said, status=429, code="rate_limit_exceeded", retry_after_s=1.0)
         future: asyncio.Future[m.Estimated] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
         try:
+            ask()
             async with asyncio.timeout(self._patience_s):
                 told = await future
         except TimeoutError:

@@ -293,8 +293,7 @@ class Service:
     async def estimate(self, add: m.Add) -> m.Estimated:
         """What might be expected of a request, which is not served. Raises ``Refusal``."""
         self.require_ready()
-        self._tell(m.Estimate(add))
-        return await self._estimates.answer(add.request_id)
+        return await self._estimates.answer(add.request_id, lambda: self._tell(m.Estimate(add)))
 
     def expect_grammar(self) -> None:
         """A request with a grammar will be submitted once that is compiled. Raises ``Refusal`` when not ready."""

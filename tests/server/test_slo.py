@@ -18,7 +18,7 @@ from tenon.base.clock import ManualClock
 from tenon.base.errors import ConfigError, RequestError
 from tenon.engine import messages as m
 from tenon.engine.promises import OUT_OF_REACH, Forecast, Slo
-from tenon.server.estimate import Estimates
+from tenon.server.estimate import MOST_WAITING, Estimates
 from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
 from tenon.server.keys import Caller, Key, read_keys
@@ -200,7 +200,7 @@ def test_the_official_client_asks_and_is_told(client: openai.OpenAI) -> None:
         name: float(value) for name, value in EARLY.items()
     }
     assert expected.keys() == {"ttft_ms", "tpot_ms", "hit_tokens", "confidence"}
-    assert expected["tpot_ms"] == pytest.approx(STEP_MS, rel=1)
+    assert STEP_MS / 4 < expected["tpot_ms"] < PATIENCE_S * 1e3
     assert STEP_MS <= came["ttft_ms"] < PATIENCE_S * 1e3
     assert STEP_MS / 2 <= came["tpot_ms"] < PATIENCE_S * 1e3
 
@@ -326,7 +326,7 @@ def test_an_estimate_sees_the_cache_the_queue_and_the_promise(slow: Running) -> 
     slow.complete(prompt=[9] * 40, max_tokens=1)
     assert estimate(slow, prompt=[9] * 40, slo={"class": "hopeless"}).json()["hit_tokens"] == 32
     assert estimate(slow, prompt=[9] * 40, slo={"class": "hopeless"}).json()["meets_slo"] is False
-    stream = slow.stream(max_tokens=200)
+    stream = slow.stream(max_tokens=2000)
     next(stream.events())
     found = estimate(slow, messages=HELLO).json()
     stream.close()
@@ -408,8 +408,14 @@ def test_an_estimate_that_does_not_come_is_a_503() -> None:
         made.engine_lost("it died", 0)
         died = await refused_because(waiting)
         assert (died.status, died.code) == (503, "engine_dead")
-        slow = await refused_because(Estimates(patience_s=0.001).answer("e"))
+        slow = await refused_because(Estimates(patience_s=0.001).answer("e", lambda: None))
         assert (slow.status, slow.code) == (503, "engine_busy")
+        many = Estimates()
+        waiting = asyncio.gather(*(many.answer(f"{i}", lambda: None) for i in range(MOST_WAITING)))
+        await asyncio.sleep(0)
+        assert (await refused_because(many.answer("one more", lambda: None))).status == 429
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
 
     asyncio.run(asked())
 
