@@ -172,9 +172,10 @@ def test_keys_have_classes_and_floors(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def slow(model_folder: Path) -> Iterator[Running]:
+def slow(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Whose steps take their time."""
-    running = start(model_folder, "--step-ms", str(STEP_MS), *OPTIONS)
+    store = tmp_path_factory.mktemp("store")  # the usual one is for the server that others share
+    running = start(model_folder, "--step-ms", str(STEP_MS), *OPTIONS, store=store)
     yield running
     assert running.stop() == 0
     running.close()
