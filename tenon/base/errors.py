@@ -62,10 +62,10 @@ class ContextTooLong(RequestError):
 
 
 class Overloaded(RequestError):
-    """The queue is full; come back after ``retry_after_s``."""
+    """There is no room for it now; come back after ``retry_after_s``."""
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message, code="rate_limit_exceeded")
+    def __init__(self, message: str, *, retry_after_s: float, code: str = "rate_limit_exceeded") -> None:
+        super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
 
 

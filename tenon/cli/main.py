@@ -37,6 +37,7 @@ class Job:
 JOBS = {
     "serve": Job("tenon.cli.serve", "serve a model over an OpenAI-compatible API"),
     "batch": Job("tenon.cli.batch", "answer a file of requests, OpenAI's batch JSONL, and go on where it was stopped"),
+    "explain": Job("tenon.cli.explain", "say where a request's time went, from the records that a server keeps"),
     "load": Job("tenon.cli.load", "send a trace to a server as it would arrive, and report the latencies"),
     "workload": Job("tenon.cli.workload", "make, read and describe request traces"),
     "simulate": Job("tenon.cli.simulate", "serve a trace in virtual time, on a device that need not be here"),

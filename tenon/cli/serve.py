@@ -17,6 +17,7 @@ from tenon.engine.policies.table import POLICIES, SPECULATES
 from tenon.server.limits import Limits
 from tenon.server.logs import FORMATS, LEVELS, LogConsole
 from tenon.server.run import ServeConfig, serve
+from tenon.server.slo import classes_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument(
         "--max-wait-s", type=float, default=server.limits.max_wait_s, metavar="SECONDS",
         help="refuse with 429 what would wait longer than so for its turn (default: no bound but 512 in flight)",
+    )  # fmt: skip
+    http.add_argument(
+        "--slo", action="append", default=[], metavar="[CLASS:]ttft=0.5,tpot=50ms,weight=2",
+        help="what requests of a class are promised, or, without one, those that name none; may be repeated",
     )  # fmt: skip
     http.add_argument(
         "--store", type=Path, metavar="DIR", help="files and batches of clients (default: in the state folder)"
@@ -123,6 +128,7 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
         log_level=args.log_level,
         traces=args.traces,
         store=args.store,
+        classes=classes_from(args.slo),
         limits=Limits(replays=args.replays, max_wait_s=args.max_wait_s),
     )
 

@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from tenon.base.clock import SYSTEM, Clock
 from tenon.base.errors import RequestError, ResourceError
 from tenon.engine.config import EngineConfig
@@ -30,7 +32,7 @@ from tenon.engine.messages import (
     Trees,
     Verified,
 )
-from tenon.engine.promises import Ledger
+from tenon.engine.promises import Forecast, Ledger
 from tenon.engine.residency import residency
 from tenon.engine.scheduler import Scheduler
 
@@ -85,17 +87,27 @@ class Engine:
             self.config.block_tokens,
             it.kv_bytes,
             it.description,
+            self.scheduler.forecasts.times.plain(1),
         )
 
     def add(self, add: Add) -> Accepted:
         """Queue a request. Raises ``RequestError`` and its children; then nothing has changed."""
+        self._require_taken(add)
+        self.scheduler.at(self._clock.now_s())
+        return self.scheduler.add(add)
+
+    def estimate(self, add: Add) -> Forecast:
+        """What might be expected of a request that came now, which is not served. Raises as ``add`` does, save for what
+        a grammar would; nothing changes."""
+        self._require_taken(add)
+        return self.scheduler.estimate(msgspec.structs.replace(add, grammar=None))
+
+    def _require_taken(self, add: Add) -> None:
         if self._draining:
             raise RequestError("the server is shutting down and takes no new requests", code="draining")
         if add.embed is None and not self.identity.generates:
             said = "this model has no output layer: it makes embeddings and generates nothing"
             raise RequestError(said, param="model", code="unsupported")
-        self.scheduler.at(self._clock.now_s())
-        return self.scheduler.add(add)
 
     def abort(self, request_id: str, index: int = -1, *, reason: str = "abort") -> bool:
         """Free a request, or one of its sequences, at once; False if it is not being served (which is no error)."""

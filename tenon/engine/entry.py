@@ -1,15 +1,38 @@
-"""Sequences come in: one that waited, with what of its context is resident or pending and blocks for the rest; its
-siblings, with what it has computed of their prompt; and who waited for blocks that another was to compute gets them."""
+"""Requests come, and their sequences come in: one that waited, with what of its context is resident or pending and
+blocks for the rest; its siblings, with what it has computed of their prompt; and who waited for blocks that another was
+to compute gets them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tenon.base.errors import Overloaded
+from tenon.engine.admission import check
+from tenon.engine.blocks import root_digest
+from tenon.engine.messages import Add
 from tenon.engine.reuse import hold, resident, runs_of, turn_of
-from tenon.engine.sequence import Seq, State
+from tenon.engine.sequence import Request, Seq, State
 
 if TYPE_CHECKING:
     from tenon.engine.scheduler import Scheduler
+
+
+def requested(scheduler: Scheduler, add: Add, order: int, seq_id: int) -> Request:
+    """The request as it would be queued, its sequences' ids from ``seq_id`` on; nothing changes. Raises
+    ``RequestError``, ``ContextTooLong`` or, where the queue is full, ``Overloaded``."""
+    config = scheduler.config
+    check(add, scheduler.vocab_size, scheduler.max_model_len, config.max_sequences)
+    if len(scheduler.waiting) >= config.max_waiting and not add.again:
+        message = f"{len(scheduler.waiting)} requests are waiting already, which is the limit"
+        raise Overloaded(message, retry_after_s=1.0)
+    root = root_digest(scheduler.secret, scheduler.model, str(scheduler.weights_version), add.tenant)
+    stop_ids = frozenset(add.stop_ids) | (frozenset() if add.ignore_eos else scheduler.eos_ids)
+    request = Request(add, order, scheduler.secret, root, stop_ids)
+    max_tree = 0 if scheduler.speculation is None else scheduler.speculation.max_nodes
+    for index in range(add.index, add.index + add.n):
+        n_groups = len(scheduler.pools)
+        request.seqs.append(Seq(seq_id + index - add.index, request, index, n_groups, config.block_tokens, max_tree))
+    return request
 
 
 def enter(scheduler: Scheduler, seq: Seq) -> bool:

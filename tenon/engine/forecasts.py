@@ -15,7 +15,7 @@ from tenon.engine.messages import Add
 from tenon.engine.policies.forecast import Expected, Learned, Lengths, Outlook, forecast
 from tenon.engine.policies.order import Coming
 from tenon.engine.policies.step_time import StepTimes
-from tenon.engine.promises import Forecast, Ledger, Slo
+from tenon.engine.promises import OUT_OF_REACH, Forecast, Ledger, Slo
 from tenon.engine.reuse import resident
 from tenon.engine.sequence import Request, Seq
 
@@ -108,13 +108,14 @@ class Forecasts:
         """Give a request that is promised something its forecast. Raises ``Overloaded`` for a strict one whose promise
         could not be kept."""
         add = request.add
-        if add.slo is None or (add.slo.ttft_s is None and add.slo.tpot_s is None):
+        if add.slo is None or not add.slo.promises:
             return
         told = request.forecast = self.of(scheduler, request.seqs[0])
         if told.meets or add.again:
             return
         if add.slo.strict:
-            raise Overloaded(_said(add, told), retry_after_s=max(LEAST_RETRY_S, told.retry_after_s))
+            after_s = max(LEAST_RETRY_S, told.retry_after_s)
+            raise Overloaded(_said(add, told), retry_after_s=after_s, code=OUT_OF_REACH)
         request.downgraded = True
 
     def _outlook(self, scheduler: Scheduler, new: Seq) -> Outlook:

@@ -91,6 +91,12 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     index: int = -1
 
 
+class Estimate(msgspec.Struct, frozen=True, tag="estimate"):
+    """Say what might be expected of this request, and do not serve it: an ``Estimated`` comes."""
+
+    add: Add
+
+
 class LoadWeights(msgspec.Struct, frozen=True, tag="load_weights"):
     path: str
     version: int
@@ -142,6 +148,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     block_tokens: int
     kv_bytes: int
     description: dict[str, str] = {}
+    token_s: float = 0.0
+    """What a sequence that decodes alone takes for a token, as measured at the start; 0 where it was not."""
 
 
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
@@ -161,6 +169,16 @@ class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
     code: str | None = None
     param: str | None = None
     retry_after_s: float | None = None
+
+
+class Estimated(msgspec.Struct, frozen=True, tag="estimated"):
+    """What an ``Estimate`` asked for, or why it would be refused; sequences that ran and waited then."""
+
+    request_id: str
+    forecast: Forecast | None = None
+    refused: Rejected | None = None
+    running: int = 0
+    waiting: int = 0
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -366,12 +384,13 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     trace: str = ""
 
 
-ToEngine = Add | Abort | LoadWeights | Drain | Reset | Forget | Expect | Watch
+ToEngine = Add | Abort | Estimate | LoadWeights | Drain | Reset | Forget | Expect | Watch
 FromEngine = (
     Phase
     | Ready
     | Accepted
     | Rejected
+    | Estimated
     | Misses
     | PromptScores
     | Embedded

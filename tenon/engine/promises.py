@@ -3,7 +3,12 @@ objectives and their users say to each other."""
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
+
+OUT_OF_REACH: Final = "slo_out_of_reach"
+"""What a strict request is refused with whose promise could not be kept."""
 
 
 class Slo(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -15,6 +20,11 @@ class Slo(msgspec.Struct, frozen=True, omit_defaults=True):
     tpot_s: float | None = None
     weight: float = 1.0
     strict: bool = False
+
+    @property
+    def promises(self) -> bool:
+        """Whether it has any bound."""
+        return self.ttft_s is not None or self.tpot_s is not None
 
 
 class Forecast(msgspec.Struct, frozen=True):

@@ -16,14 +16,13 @@ from functools import partial
 
 import numpy as np
 
-from tenon.base.errors import IntegrityError, Overloaded, RequestError
-from tenon.engine.admission import check
+from tenon.base.errors import IntegrityError, RequestError
 from tenon.engine.assemble import Assembler, Span
-from tenon.engine.blocks import BlockPool, root_digest
+from tenon.engine.blocks import BlockPool
 from tenon.engine.chunks import Chunks
 from tenon.engine.config import EngineConfig
 from tenon.engine.counters import Counters
-from tenon.engine.entry import enter, fork, hand_over
+from tenon.engine.entry import enter, fork, hand_over, requested
 from tenon.engine.explain import Explainer
 from tenon.engine.forecasts import Forecasts
 from tenon.engine.grammar import Masks, begin
@@ -38,6 +37,7 @@ from tenon.engine.policies.order import ORDERS
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.policies.table import POLICIES
 from tenon.engine.pooling import pooled, with_hidden
+from tenon.engine.promises import Forecast
 from tenon.engine.recompute import CostOf, alike
 from tenon.engine.scoring import output_scores, told, with_scores
 from tenon.engine.sequence import Request, Seq, State
@@ -112,7 +112,7 @@ class Scheduler:
         self.pending = Pending()
         self.order = ORDERS[config.order]()
         self.chunks = chunks or Chunks(config, groups)
-        self._secret = secret
+        self.secret = secret
         self._order = self._next_seq = 0
         self._spans: list[Span] = []
         self._lane: Lane | None = None
@@ -131,20 +131,8 @@ class Scheduler:
             raise RequestError(f"request id {add.request_id!r} is being served already", param="request_id")
         if add.grammar is not None:
             begin(self.masks, add)
-        check(add, self.vocab_size, self.max_model_len, self.config.max_sequences)
-        if len(self.waiting) >= self.config.max_waiting and not add.again:
-            message = f"{len(self.waiting)} requests are waiting already, which is the limit"
-            raise Overloaded(message, retry_after_s=1.0)
-        root = root_digest(self._secret, self.model, str(self.weights_version), add.tenant)
-        stop_ids = frozenset(add.stop_ids) | (frozenset() if add.ignore_eos else self.eos_ids)
-        request = Request(add, self._order, self._secret, root, stop_ids)
-        max_tree = 0 if self.speculation is None else self.speculation.max_nodes
-        self._order += 1
-        for index in range(add.index, add.index + add.n):
-            request.seqs.append(
-                Seq(self._next_seq, request, index, len(self.pools), self.config.block_tokens, max_tree)
-            )
-            self._next_seq += 1
+        request = requested(self, add, self._order, self._next_seq)
+        self._order, self._next_seq = self._order + 1, self._next_seq + add.n
         self.forecasts.admit(self, request)
         self.requests[add.request_id] = request
         self.ledgers.received(request.seqs[0], self.now_s, len(self.running) + len(self.waiting))
@@ -153,6 +141,10 @@ class Scheduler:
         self.counters.started += 1
         self._n_bound += add.grammar is not None
         return Accepted(add.request_id, forecast=request.forecast)
+
+    def estimate(self, add: Add) -> Forecast:
+        """What might be expected of a request that came now. Raises as ``add`` does; nothing changes."""
+        return self.forecasts.of(self, requested(self, add, self._order, self._next_seq).seqs[0])
 
     def abort(self, request_id: str, index: int = -1, *, reason: str = "abort") -> bool:
         """Drop a request, or one of its sequences, in any state and free its blocks at once; False if not served.

@@ -22,6 +22,7 @@ from tenon.server.flights import Job
 from tenon.server.limits import Limits
 from tenon.server.protocol import check_count, convert, json_object, without_not_yet
 from tenon.server.responses import Collected, Head, Json, line_safe
+from tenon.server.slo import Wish
 from tenon.server.speculative import Speculative, wished
 from tenon.server.structured import of_format
 from tenon.server.tools import Calling, Dialect, Function, Tool, calling
@@ -173,6 +174,9 @@ class MessagesRequest(Conversation, frozen=True, kw_only=True, forbid_unknown_fi
     output_format: dict[str, Any] | None = None
     """What ``output_config.format`` was called first."""
     speculative: bool | Speculative | None = None
+    slo: Wish | None = None
+    service_tier: str | None = None
+    priority: int | None = None
 
     def _structure(self) -> Structure | None:
         later = of_format(self.output_config.format, "output_config.format") if self.output_config else None
@@ -240,14 +244,14 @@ class MessageAnswer:
     def job(self) -> Job:
         return self.answer.job
 
-    def _usage(self) -> Json:
+    def _usage(self, *, ended: bool = True) -> Json:
         usage = self.answer.usage()
         return {
             "input_tokens": usage.prompt_tokens - usage.cached_tokens,
             "cache_read_input_tokens": usage.cached_tokens,
             "cache_creation_input_tokens": 0,
             "output_tokens": usage.completion_tokens,
-        }
+        } | (usage.promised() if ended else {})
 
     def _message(self, content: list[Json], reason: str | None) -> Json:
         stop = self.answer.outputs[0].stop
@@ -259,7 +263,7 @@ class MessageAnswer:
             "content": content,
             "stop_reason": None if reason is None else _stop_reason(reason, stop),
             "stop_sequence": stop,
-            "usage": self._usage(),
+            "usage": self._usage(ended=reason is not None),
         }
 
     async def whole(self) -> Json:

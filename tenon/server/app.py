@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tenon.base.clock import Clock
 from tenon.base.errors import TenonError
 from tenon.engine.params import SamplingParams
-from tenon.server import anthropic, embeddings, responses_api, tokens
+from tenon.server import anthropic, embeddings, estimate, responses_api, tokens
 from tenon.server.admission import BodyRefused
 from tenon.server.batches import Batches
 from tenon.server.completions import Answer, Completions, draw_seed
@@ -34,13 +34,24 @@ from tenon.server.keys import Caller, KeyRing
 from tenon.server.limits import BodyTooLarge, Limits, error_body
 from tenon.server.logs import log_answer
 from tenon.server.metrics import CONTENT_TYPE
-from tenon.server.protocol import parse_chat, parse_completion
+from tenon.server.protocol import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from tenon.server.responses import ChatFace, Head
 from tenon.server.service import Service
+from tenon.server.slo import heard
 from tenon.server.storage_api import Json, StorageRoutes
 
 PAGE: Final = Path(__file__).parent / "page"
-SCRIPTS: Final = ("page.js", "dom.js", "settings.js", "answer.js", "tokens.js", "live.js", "map.js", "trees.js")
+SCRIPTS: Final = (
+    "page.js",
+    "dom.js",
+    "settings.js",
+    "answer.js",
+    "tokens.js",
+    "live.js",
+    "ledger.js",
+    "map.js",
+    "trees.js",
+)
 PAGE_FILES: Final = {
     "/": ("index.html", "text/html; charset=utf-8"),
     **{f"/{name}": (name, "text/javascript; charset=utf-8") for name in SCRIPTS},
@@ -156,7 +167,8 @@ class Routes:
         text, head = completions.require_model(body.model), completions.head(kind, origin)
         params = body.params(text.generation.sampling(), draw_seed())
         face = ChatFace(head, text, logprobs=False)
-        return await completions.converse(body.said(text.dialect), params, text, face, None, origin), head, params
+        said, promise = body.said(text.dialect), completions.promised(body, origin)
+        return await completions.converse(said, params, text, face, None, origin, promise), head, params
 
     async def responses(self, request: Request) -> Response:
         origin = self._origin(request)
@@ -166,6 +178,14 @@ class Routes:
     async def _response(self, body: responses_api.ResponsesRequest, origin: Origin) -> responses_api.ResponseAnswer:
         answer, head, params = await self._conversed(body, "resp", origin)
         return responses_api.ResponseAnswer(answer, head, body, params)
+
+    async def estimate(self, request: Request) -> Response:
+        origin = self._origin(request)
+        body = estimate.parse_estimate(await self._body(request), self._limits)
+        return await self._attended(request, self._estimated(body, origin))
+
+    async def _estimated(self, body: ChatRequest | CompletionRequest, origin: Origin) -> Response:
+        return Json(await self._completions.estimate(body, origin))
 
     async def embed(self, request: Request) -> Response:
         origin = self._origin(request)
@@ -192,7 +212,7 @@ class Routes:
         caller.take_request()
         parent = {name: request.headers[name] for name in ("traceparent", "tracestate") if name in request.headers}
         trace = Trace(request.scope["path"], parent)
-        return Origin(_request_id(request), self._service.clock.now_s(), caller, trace)
+        return Origin(_request_id(request), self._service.clock.now_s(), caller, trace, heard(request.headers))
 
     async def _body(self, request: Request) -> bytes:
         return await self._service.admission.read(request)
@@ -444,6 +464,7 @@ def build_app(
             *StorageRoutes(batches, service.admission, no_store).routes(),
             Route(anthropic.PATH, routes.messages, methods=post),
             Route(anthropic.COUNT_PATH, routes.count_tokens, methods=post),
+            Route(estimate.PATH, routes.estimate, methods=post),
             Route("/tokenize", routes.tokenize, methods=post),
             Route("/detokenize", routes.detokenize, methods=post),
             Route("/tokenizer_info", routes.tokenizer_info, methods=get),

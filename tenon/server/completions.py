@@ -21,10 +21,12 @@ from tenon.engine.messages import Add, Grammar
 from tenon.engine.params import SamplingParams
 from tenon.engine.structure import Structure
 from tenon.models.tokenizer import CALL_MARKS, is_thinking
+from tenon.server.estimate import estimate_json
 from tenon.server.failures import Refusal, body_of
 from tenon.server.flights import Job, Origin
 from tenon.server.keys import Caller
 from tenon.server.model_text import ModelText
+from tenon.server.outcome import slo_json
 from tenon.server.protocol import ChatRequest, CompletionRequest, StreamOptions, check_work, sampling_params
 from tenon.server.responses import (
     DONE,
@@ -39,6 +41,7 @@ from tenon.server.responses import (
     stream_chunk,
 )
 from tenon.server.service import Service
+from tenon.server.slo import NO_OBJECTIVES, Objectives, Promise, Urgent
 from tenon.server.text import Echo, IncrementalDecoder, OutputText, Piece
 from tenon.server.tokens import ids_of
 from tenon.server.tool_text import ToolText
@@ -72,7 +75,7 @@ class Answer:
     def usage(self) -> Usage:
         n_output = 0 if self.echoes_only else sum(output.n_tokens for output in self.outputs)
         n_thought = sum(output.n_thought for output in self.outputs)
-        return Usage(self.n_prompt, n_output, self.job.cached_tokens, n_thought)
+        return Usage(self.n_prompt, n_output, self.job.cached_tokens, n_thought, slo_json(self.job.flights[0]))
 
     @property
     def _n(self) -> int:
@@ -92,7 +95,7 @@ class Answer:
         for prompt in range(len(self.echoes)):
             self._score(prompt)
         choices = [self.face.choice(i, each) for i, each in enumerate(self._chosen(collected))]
-        answer = self.face.wrap(choices, chunk=False) | {"usage": self.usage().to_json()}
+        answer = self.face.wrap(choices, chunk=False) | {"usage": self.usage().at_end()}
         if self.prompt_logprobs:
             self.face.add_prompts(answer, self.echoes)
         return answer
@@ -126,7 +129,7 @@ class Answer:
             yield sse(body_of(error))
             return
         if self.options.include_usage:
-            yield sse(self.face.wrap([], chunk=True) | {"usage": self.usage().to_json()})
+            yield sse(self.face.wrap([], chunk=True) | {"usage": self.usage().at_end()})
         yield DONE
 
     def _chunk_usage(self) -> Json | None:
@@ -156,12 +159,37 @@ class Said:
     variables: dict[str, Any] | None = None
 
 
-class Completions:
-    """Whatever generates, over one model."""
+@dataclass(frozen=True)
+class Asked:
+    """A request before the engine hears of it."""
 
-    def __init__(self, service: Service) -> None:
+    adds: list[Add]
+    params: SamplingParams
+    text: ModelText
+
+
+class Completions:
+    """Whatever generates, over one model. ``objectives``: what the server's classes promise."""
+
+    def __init__(self, service: Service, objectives: Objectives = NO_OBJECTIVES) -> None:
         self._service = service
+        self.objectives = objectives
         self.model_text: ModelText | None = None
+
+    async def estimate(self, request: ChatRequest | CompletionRequest, origin: Origin) -> Json:
+        """What might be expected of it. Raises ``RequestError``."""
+        if isinstance(request, ChatRequest):
+            text = self.require_model(request.model)
+            promise = self.promised(request, origin)
+            asked = await self._conversing(_said(request, text), self._params(request, text), text, origin, promise)
+        else:
+            asked = await self._completing(request, origin)
+        return estimate_json(asked.adds[0], await self._service.estimate(asked.adds[0]))
+
+    def promised(self, request: Urgent, origin: Origin) -> Promise:
+        """Raises ``RequestError`` for what cannot be promised, ``Refusal`` when not ready."""
+        token_s = self._service.require_ready().token_s
+        return self.objectives.of(request, origin.heard, origin.caller.key, token_s)
 
     async def complete(self, request: CompletionRequest, origin: Origin) -> Answer:
         """``/v1/completions`` up to the engine's acceptance. Raises ``RequestError``."""
@@ -171,22 +199,31 @@ class Completions:
             error.param = "prompt"  # it names chat's field otherwise
             raise
 
-    async def _complete(self, request: CompletionRequest, origin: Origin) -> Answer:
-        text = self.require_model(request.model)
+    async def _completing(self, request: CompletionRequest, origin: Origin) -> Asked:
+        text, promise = self.require_model(request.model), self.promised(request, origin)
         params, most = self._params(request, text), self._service.require_ready().max_model_len
         prompts = [await ids_of(text, p, special=True, most=most) if isinstance(p, str) else p for p in request.prompts]
-        shown = [p if isinstance(p, str) else text.decode(p) for p in request.prompts] if request.echo else []
-        echo = [Echo(said, ids) for said, ids in zip(shown, prompts, strict=bool(shown))]
         max_tokens = params.max_tokens or text.generation.max_new_tokens or COMPLETION_MAX_TOKENS
         bad_words = text.spellings(params.bad_words)
-        adds = [self._add(prompt, params, max_tokens, text, bad_words, i, origin) for i, prompt in enumerate(prompts)]
+        adds = [
+            self._add(prompt, params, max_tokens, text, bad_words, i, origin, promise)
+            for i, prompt in enumerate(prompts)
+        ]
         if request.seed is None:
             adds = [add if i == 0 else msgspec.structs.replace(add, seed=draw_seed()) for i, add in enumerate(adds)]
+        return Asked(adds, params, text)
+
+    async def _complete(self, request: CompletionRequest, origin: Origin) -> Answer:
+        asked = await self._completing(request, origin)
+        params, text = asked.params, asked.text
+        prompts = [list(add.prompt) for add in asked.adds]
+        shown = [p if isinstance(p, str) else text.decode(p) for p in request.prompts] if request.echo else []
+        echo = [Echo(said, ids) for said, ids in zip(shown, prompts, strict=bool(shown))]
         face = CompletionFace(
             self.head("cmpl", origin), text, logprobs=request.logprobs is not None,
             n=(request.n or 1) if request.best_of else params.n, echo=echo,
         )  # fmt: skip
-        answer = await self._submit(adds, params, text, face, request.stream_options, origin)
+        answer = await self._submit(asked, face, request.stream_options, origin)
         is_scored = params.prompt_logprobs is not None
         return replace(
             answer,
@@ -203,12 +240,8 @@ class Completions:
         params = self._params(request, text)
         id_length = text.dialect.id_length if text.dialect is not None else None
         face = ChatFace(self.head("chatcmpl", origin), text, logprobs=bool(request.logprobs), id_length=id_length)
-        said = Said(
-            [message.flat(i) for i, message in enumerate(request.messages)],
-            calling(request.tools, request.tool_choice, request.parallel_tool_calls, text.dialect),
-            _variables(request, text),
-        )
-        return await self.converse(said, params, text, face, request.stream_options, origin)
+        promise = self.promised(request, origin)
+        return await self.converse(_said(request, text), params, text, face, request.stream_options, origin, promise)
 
     async def converse(
         self,
@@ -218,8 +251,19 @@ class Completions:
         face: Face,
         options: StreamOptions | None,
         origin: Origin,
+        promise: Promise,
     ) -> Answer:
         """What follows a conversation, up to the engine's acceptance. Raises ``RequestError``."""
+        asked = await self._conversing(said, params, text, origin, promise)
+        answer = await self._submit(asked, face, options, origin, said)
+        if params.prompt_logprobs is None:
+            return answer
+        echoes = [Echo("", asked.adds[0].prompt)]
+        return replace(answer, echoes=echoes, prompt_logprobs=True, decoder=partial(text.detokenizer, ()))
+
+    async def _conversing(
+        self, said: Said, params: SamplingParams, text: ModelText, origin: Origin, promise: Promise
+    ) -> Asked:
         dialect, tools = text.dialect, None
         if "enable_thinking" in (said.variables or {}) and not _reads_thinking(text):
             _log.warning(
@@ -240,11 +284,7 @@ class Completions:
         room = most - len(prompt)
         max_tokens = params.max_tokens or max(1, min(text.generation.max_new_tokens or room, room))
         bad_words = text.spellings(params.bad_words)
-        add = self._add(prompt, params, max_tokens, text, bad_words, 0, origin)
-        answer = await self._submit([add], params, text, face, options, origin, said)
-        if params.prompt_logprobs is None:
-            return answer
-        return replace(answer, echoes=[Echo("", prompt)], prompt_logprobs=True, decoder=partial(text.detokenizer, ()))
+        return Asked([self._add(prompt, params, max_tokens, text, bad_words, 0, origin, promise)], params, text)
 
     def tokenizer(self, model: str | None) -> ModelText:
         """For those who only count. Raises ``Refusal``: another model, or not loaded yet."""
@@ -275,6 +315,7 @@ class Completions:
         bad_words: tuple[tuple[int, ...], ...],
         number: int,
         origin: Origin,
+        promise: Promise,
     ) -> Add:
         """The engine's message for one prompt. Raises ``RequestError`` for ids or lengths that no model state fits."""
         ready = self._service.require_ready()
@@ -289,22 +330,17 @@ class Completions:
             )
         if len(prompt) + max_tokens > ready.max_model_len:
             raise ContextTooLong(len(prompt), max_tokens, ready.max_model_len)
-        return params.add(
+        add = params.add(
             f"{origin.request_id}/{number}", prompt, max_tokens=max_tokens, seed=params.seed or 0,
             stop_ids=_stop_ids(params, text), bad_words=bad_words, arrival_s=origin.arrival_s,
             tenant=origin.caller.tenant,
         )  # fmt: skip
+        return msgspec.structs.replace(add, slo=promise.slo, slo_class=promise.name)
 
     async def _submit(
-        self,
-        adds: Sequence[Add],
-        params: SamplingParams,
-        text: ModelText,
-        face: Face,
-        options: StreamOptions | None,
-        origin: Origin,
-        said: Said | None = None,
+        self, asked: Asked, face: Face, options: StreamOptions | None, origin: Origin, said: Said | None = None
     ) -> Answer:
+        adds, params, text = asked.adds, asked.params, asked.text
         n_scored = sum(len(add.prompt) for add in adds if add.prompt_logprobs >= 0)
         check_work(len(adds), params, max(add.max_tokens for add in adds), n_scored, self._service.limits)
         if params.structure is not None:
@@ -333,6 +369,14 @@ class Completions:
     def head(self, kind: str, origin: Origin) -> Head:
         """What the objects of an answer repeat."""
         return Head(f"{kind}-{origin.request_id}", int(self._service.clock.wall_s()), self._service.model)
+
+
+def _said(request: ChatRequest, text: ModelText) -> Said:
+    return Said(
+        [message.flat(i) for i, message in enumerate(request.messages)],
+        calling(request.tools, request.tool_choice, request.parallel_tool_calls, text.dialect),
+        _variables(request, text),
+    )
 
 
 def _variables(request: ChatRequest, text: ModelText) -> dict[str, Any]:

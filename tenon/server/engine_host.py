@@ -98,7 +98,7 @@ class EngineHost:
                 self._tick()
             elif received:
                 self._send_kv_events()
-                self._wire.send([self._stats(self._clock.now_s())])
+                self._wire.send([*self._engine.take_ledgers(), self._stats(self._clock.now_s())])
             self._send_residency()
             self._send_trees()
             if self._draining and not self._engine.has_work:
@@ -111,6 +111,7 @@ class EngineHost:
         self._looked_at = False
         batch: list[m.FromEngine] = [*self._engine.take_misses()]
         batch += self._engine.take_prompt_scores()
+        batch += self._engine.take_ledgers()  # before what their sequences end with
         batch += self._engine.take_embedded()
         batch.append(m.Outputs(self._step, tuple(deltas)))
         if now_s - self._stats_at_s >= STATS_EVERY_S or not self._engine.has_work:
@@ -158,6 +159,8 @@ class EngineHost:
                     return self._engine.add(message)
                 except RequestError as error:
                     return rejection(message.request_id, error)
+            case m.Estimate():
+                return self._estimated(message.add)
             case m.Abort():
                 self._engine.abort(message.request_id, message.index)
             case m.Reset():
@@ -181,6 +184,14 @@ class EngineHost:
             case m.LoadWeights():
                 self._engine.load_weights(message.path, message.version)
         return None
+
+    def _estimated(self, add: m.Add) -> m.Estimated:
+        try:
+            forecast, refused = self._engine.estimate(add), None
+        except RequestError as error:
+            forecast, refused = None, rejection(add.request_id, error)
+        scheduler = self._engine.scheduler
+        return m.Estimated(add.request_id, forecast, refused, len(scheduler.running), len(scheduler.waiting))
 
 
 def rejection(request_id: str, error: RequestError) -> m.Rejected:

@@ -7,7 +7,8 @@ An event is one JSON object with ``v``, ``kind`` and ``at_s`` (wall seconds) and
     stats     the engine's Stats, and the HTTP side's        4 to 10 times a second while anything changes
     started   request_id, n_prompt, n                        a request was accepted
     first     request_id, ttft_s, cache
-    finished  request_id, reason, n_output, e2e_s, cache
+    finished  request_id, reason, n_output, e2e_s, cache, slo, ledger
+    ledger    request_id, ledger                             what ``finished`` lacked: it ended here before the engine
 
 Of these a reader has to ask for, by ``/events?kv=1`` and so on; they are in no record:
 
@@ -19,6 +20,8 @@ Of these a reader has to ask for, by ``/events?kv=1`` and so on; they are in no 
 
 ``cache`` is what the cache had for the prompt, null if the engine never took the request up: ``cached_tokens``,
 ``holes``, ``n_misses`` and ``misses``, at most eight runs of positions with their reason (``messages.Miss``).
+``slo`` is what a request was promised and what came of it, null without a promise; ``ledger`` is where its time went,
+null where the engine has not said (:mod:`tenon.server.outcome`).
 """
 
 from __future__ import annotations

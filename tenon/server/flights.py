@@ -14,8 +14,10 @@ import msgspec
 
 from tenon.base.errors import TenonError
 from tenon.engine import messages as m
+from tenon.engine.promises import Forecast, Ledger
 from tenon.server.failures import Refusal
 from tenon.server.keys import Caller
+from tenon.server.slo import NOTHING_HEARD, Heard
 
 
 class Ending(Protocol):
@@ -45,6 +47,8 @@ class Origin:
     arrival_s: float
     caller: Caller
     trace: Trace = NO_TRACE
+    heard: Heard = NOTHING_HEARD
+    """What its headers say of how soon it is wanted."""
 
 
 @dataclass(eq=False)
@@ -70,6 +74,14 @@ class Flight:
     cached_tokens: int = 0
     n_output: int = 0
     first_s: float | None = None
+    last_s: float | None = None
+    """When the newest tokens of its first sequence were handed on."""
+    forecast: Forecast | None = None
+    """Of one that is promised something."""
+    ledgers: list[Ledger] = field(default_factory=list)
+    """Of its sequences that have ended, where their time went."""
+    end_s: float = 0.0
+    """When it ended, once it has."""
     reasons: set[str] = field(default_factory=set)
     scores: list[m.PromptScores] = field(default_factory=list)
     """Of its prompt, where they are wanted: all of them before its first output."""

@@ -9,6 +9,9 @@ A key file is TOML, a table for each key::
     watch = true                      # may read /metrics and /events, which tell of everybody; by default not
     requests_per_minute = 60          # by default without limit
     tokens_per_minute = 100000        # prompts and answers
+    slo_class = "interactive"         # of requests that name none (tenon.server.slo)
+    least_ttft_ms = 200               # the least that may be asked for
+    least_tpot_ms = 20
 
 A quota is a bucket that holds a minute's worth and fills evenly. A request takes all the tokens that it may use when it
 is admitted; what it has not used by its end comes back.
@@ -19,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +33,9 @@ from tenon.base.clock import Clock
 from tenon.base.errors import ConfigError
 from tenon.server.failures import Refusal
 
-_FIELDS: Final = frozenset({"name", "key", "sha256", "tenant", "watch", "requests_per_minute", "tokens_per_minute"})
+_QUOTAS: Final = ("requests_per_minute", "tokens_per_minute")
+_FLOORS: Final = ("least_ttft_ms", "least_tpot_ms")
+_FIELDS: Final = frozenset({"name", "key", "sha256", "tenant", "watch", "slo_class", *_QUOTAS, *_FLOORS})
 _LEAST_KEY_CHARS: Final = 16
 _log = logging.getLogger("tenon.server")
 
@@ -44,6 +50,9 @@ class Key:
     watch: bool = False
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    slo_class: str | None = None
+    least_ttft_ms: float | None = None
+    least_tpot_ms: float | None = None
 
 
 class Bucket:
@@ -130,6 +139,10 @@ class KeyRing:
     def names(self) -> list[str]:
         return list(self._callers)
 
+    @property
+    def keys(self) -> list[Key]:
+        return [caller.key for caller in self._callers.values() if caller.key is not None]
+
     def reload(self) -> None:
         """Read the file again. Raises ``ConfigError``; then the old keys stay."""
         self.use(read_keys(self.path))
@@ -205,7 +218,7 @@ def _key(entry: Any, where: str) -> Key:
     if not isinstance(watch, bool):
         raise ConfigError(f"{where}: watch must be true or false, got {watch!r}", subject="watch")
     limits: dict[str, int] = {}
-    for field_name in ("requests_per_minute", "tokens_per_minute"):
+    for field_name in _QUOTAS:
         value = entry.get(field_name)
         if value is None:
             continue
@@ -214,7 +227,23 @@ def _key(entry: Any, where: str) -> Key:
                 f"{where}: {field_name} must be a whole number above 0, got {value!r}", subject=field_name
             )
         limits[field_name] = value
-    return Key(name, _digest(entry, where), tenant, watch, **limits)
+    slo_class = entry.get("slo_class")
+    if slo_class is not None and (not isinstance(slo_class, str) or not slo_class):
+        raise ConfigError(f"{where}: slo_class must be the name of a class, got {slo_class!r}", subject="slo_class")
+    least_ttft_ms, least_tpot_ms = (_floor(entry.get(each), f"{where}: {each}", each) for each in _FLOORS)
+    return Key(
+        name, _digest(entry, where), tenant, watch, **limits, slo_class=slo_class, least_ttft_ms=least_ttft_ms,
+        least_tpot_ms=least_tpot_ms,
+    )  # fmt: skip
+
+
+def _floor(value: Any, where: str, subject: str) -> float | None:
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ConfigError(f"{where} must be a number above 0, got {value!r}", subject=subject)
+    return float(value)
 
 
 def _digest(entry: dict[str, Any], where: str) -> bytes:

@@ -18,6 +18,8 @@ LATENCY_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.
 TOKEN_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5)
 STEP_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
+SHARES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 100.0)
+
 
 class Counter:
     """Grows only; one series per value of its one label, or a single one."""
@@ -118,6 +120,19 @@ class ServerMetrics:
         self.output_tokens = Counter("tenon_output_tokens_total", "Tokens generated.")
         self.restarts = Counter("tenon_engine_restarts_total", "Engines that ended and were followed by another.")
         self.replays = Counter("tenon_requests_replayed_total", "Requests taken over from an engine that had ended.")
+        self.slo_requests = Counter(
+            "tenon_slo_requests_total", "Served requests that were promised something, by class.", "class", ("",)
+        )
+        self.slo_attained = Counter(
+            "tenon_slo_attained_total", "Requests that got what they were promised, by class.", "class", ("",)
+        )
+        self.downgraded = Counter(
+            "tenon_slo_downgraded_total", "Requests served as well as can be: their promise could not be kept."
+        )
+        self.goodput = Counter("tenon_goodput_tokens_total", "Tokens of requests that got what they were promised.")
+        self.severity = Histogram(
+            "tenon_slo_severity", "By what share of it promises that were not kept were missed.", SHARES
+        )
         self.ttft = Histogram("tenon_ttft_seconds", "From a request's arrival to its first token.", LATENCY_S)
         self.tpot = Histogram("tenon_tpot_seconds", "Time per output token after the first, per request.", TOKEN_S)
         self.e2e = Histogram("tenon_e2e_seconds", "From a request's arrival to its end.", LATENCY_S)
@@ -126,7 +141,8 @@ class ServerMetrics:
     def families(self) -> list[Family]:
         return [
             self.started, self.finished, self.refused, self.prompt_tokens, self.output_tokens,
-            self.restarts, self.replays, self.ttft, self.tpot, self.e2e, self.step,
+            self.restarts, self.replays, self.slo_requests, self.slo_attained, self.downgraded, self.goodput,
+            self.severity, self.ttft, self.tpot, self.e2e, self.step,
         ]  # fmt: skip
 
 

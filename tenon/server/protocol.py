@@ -17,6 +17,7 @@ from tenon.base.errors import RequestError
 from tenon.engine.params import MAX_N, SamplingParams
 from tenon.server import speculative, structured
 from tenon.server.limits import Limits
+from tenon.server.slo import Wish
 from tenon.server.speculative import Speculative
 from tenon.server.tools import Tool
 
@@ -29,13 +30,11 @@ NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
     "prediction": (None,),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
-    "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "metadata": (None, {}),
     "prompt_cache_key": (None,),
     "prompt_cache_retention": (None,),
     "safety_identifier": (None,),
-    "priority": (None, 0),
 }
 """Fields of the API that are not implemented, with the values that ask for nothing."""
 
@@ -95,6 +94,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     speculative: bool | Speculative | None = None
+    slo: Wish | None = None
+    service_tier: str | None = None
+    priority: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -30,8 +30,15 @@ class Usage:
     completion_tokens: int
     cached_tokens: int
     reasoning_tokens: int = 0
+    slo: Json | None = None
+    """What came of what its first prompt was promised, if anything was."""
+
+    def promised(self) -> Json:
+        """As a part of the usage in any API."""
+        return {} if self.slo is None else {"slo": self.slo}
 
     def to_json(self) -> Json:
+        """While it goes on: of ``slo`` there is nothing to say yet."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -39,6 +46,10 @@ class Usage:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
+
+    def at_end(self) -> Json:
+        """Once all has come."""
+        return self.to_json() | self.promised()
 
 
 @dataclass

@@ -24,6 +24,7 @@ from tenon.server.flights import Job
 from tenon.server.limits import Limits
 from tenon.server.protocol import ROLES, FunctionCall, ToolCall, check_count, convert, json_object, without_not_yet
 from tenon.server.responses import Head, Json, line_safe
+from tenon.server.slo import Wish
 from tenon.server.speculative import Speculative, wished
 from tenon.server.structured import of_format
 from tenon.server.text import Piece
@@ -41,7 +42,6 @@ NOT_YET: Final[dict[str, tuple[Any, ...]]] = {
     "include": (None, [], ["reasoning.encrypted_content"]),
     "prompt": (None,),
     "truncation": (None, "disabled"),
-    "service_tier": (None, "auto", "default"),
     "top_logprobs": (None, 0),
     "prompt_cache_key": (None,),
     "prompt_cache_retention": (None,),
@@ -164,6 +164,9 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
     speculative: bool | Speculative | None = None
+    slo: Wish | None = None
+    service_tier: str | None = None
+    priority: int | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     text: TextConfig | None = None
@@ -349,6 +352,7 @@ class ResponseAnswer:
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             }
+            | usage.promised()
             if ended
             else None,
             "user": asked.user,

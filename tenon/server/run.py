@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from tenon.base.errors import ConfigError, ResourceError, TenonError
 from tenon.base.files import state_folder
 from tenon.engine import messages as m
 from tenon.engine.config import EngineConfig
+from tenon.engine.promises import Slo
 from tenon.models.hub import resolve
 from tenon.server.admin import Admin, Controls, Door
 from tenon.server.admission import MemoryWatch
@@ -46,6 +47,7 @@ from tenon.server.logs import FORMATS, LEVELS, Log, log_request
 from tenon.server.model_text import load_model_text
 from tenon.server.service import Service, State
 from tenon.server.settings import Settings, changes, read_settings
+from tenon.server.slo import Objectives
 from tenon.server.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -83,6 +85,8 @@ class ServeConfig:
     store: Path | None = None
     """Where files and batches are kept; by default in the state folder, unless another server keeps its there."""
     keeps_files: bool = True
+    classes: Mapping[str, Slo] = field(default_factory=dict)
+    """What is promised by class (:mod:`tenon.server.slo`)."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -185,12 +189,15 @@ class Server:
         self._tracer = _tracer(config.traces, config.model_name) if config.traces is not None else None
         if self._tracer is not None:
             self._service.on_end.append(self._tracer)
-        self._completions = Completions(self._service)
+        self._completions = Completions(self._service, Objectives(config.classes))
         self._supervisor: Supervisor | None = None
         self._stop = asyncio.Event()
         self._signalled = False
         self._death: tuple[str, str] | None = None
-        self._keys = KeyRing(config.keys, SYSTEM) if config.keys is not None else None
+        self._keys = None
+        if config.keys is not None:
+            self._keys = KeyRing(config.keys, SYSTEM)
+            self._completions.objectives.check_keys(self._keys.keys)
         self._anybody = Caller(None, SYSTEM)
         self._batches, no_store = _batches(config, self._service, self._caller_of)
         app = build_app(
@@ -319,7 +326,9 @@ class Server:
             settings = read_settings(self._config.config_file, self._base, _OPTIONS)
             changed["config"] = changes(self._settings, settings)
         if self._keys is not None:
-            changed["keys"] = self._keys.use(read_keys(self._keys.path))
+            keys = read_keys(self._keys.path)
+            self._completions.objectives.check_keys(keys)
+            changed["keys"] = self._keys.use(keys)
         self._settings = settings
         self._service.admission.limits = self._protocol.limits = settings.limits
         self._events.bound = settings.limits.queued_events

@@ -19,17 +19,20 @@ import msgspec
 from tenon.base.clock import Clock
 from tenon.base.errors import IntegrityError, TenonError
 from tenon.engine import messages as m
+from tenon.engine.promises import OUT_OF_REACH, Ledger
+from tenon.server import outcome
 from tenon.server.admission import Admission
 from tenon.server.backlog import retry_after_s
+from tenon.server.estimate import Estimates, refusal
 from tenon.server.events import EventHub
 from tenon.server.failures import Refusal
 from tenon.server.flights import NO_TRACE, Flight, Job, Trace, again, cache_json, outcome_of
 from tenon.server.keys import Caller
 from tenon.server.limits import Limits
 from tenon.server.metrics import Reading, ServerMetrics, engine_readings, render
+from tenon.server.reports import Reports
 from tenon.server.trees import publish_trees
 
-STATS_EVERY_S: Final = 0.12
 MOST_DEATHS: Final = 20
 """Engines that a request may see die, whoever ends them: some may die of company."""
 
@@ -74,8 +77,9 @@ class Service:
         self._emptied = asyncio.Event()
         self._progress_s = clock.now_s()
         self._longest_step_s = 0.0
-        self._stats_published_s = float("-inf")
-        self._stats_timer: asyncio.TimerHandle | None = None
+        self._reports = Reports(events, clock, lambda: len(self._flights))
+        self._estimates = Estimates()
+        self._unsettled = outcome.Unsettled()
         self._announce()
         events.on_extras = self._tell_extras
         self.on_end: list[Callable[[Flight, str, float], None]] = []
@@ -111,10 +115,8 @@ class Service:
                     self._accept(flight, message)
             case m.Rejected():
                 if flight := self._served.get(message.request_id):
-                    failure = Refusal(
-                        message.message, status=message.status, code=message.code, param=message.param,
-                        retry_after_s=retry_after_s(self._wait_s()) if message.status == 429 else message.retry_after_s,
-                    )  # fmt: skip
+                    is_full = message.status == 429 and message.code != OUT_OF_REACH  # else the forecast says when
+                    failure = refusal(message, retry_after_s(self._wait_s()) if is_full else message.retry_after_s)
                     self._end(flight, "error" if flight.accepted else "rejected")
                     flight.job.fail(failure, "abort")
             case m.Misses():
@@ -132,6 +134,10 @@ class Service:
                 for delta in message.deltas:
                     if flight := self._served.get(delta.request_id):
                         self._deliver(flight, delta)
+            case Ledger():
+                self._take_ledger(message)
+            case m.Estimated():
+                self._estimates.take(message)
             case m.Stats():
                 self._take_stats(message)
             case m.KVEvents():
@@ -163,6 +169,7 @@ class Service:
     def engine_died(self, message: str) -> None:
         """For good. Every request in flight ends with an error, now."""
         self._enter(State.DEAD, message)
+        self._estimates.lose(message)
         for flight in list(self._flights.values()):
             self._lose(flight, message)
         self.settled.set()
@@ -178,6 +185,8 @@ class Service:
         self._probed = None
         self._send = _nobody
         self._served.clear()
+        self._unsettled.forget()
+        self._estimates.lose(message)
         self.metrics.restarts.add()
         often = f"; the last {n_failures} ended before they were ready" if n_failures else ""
         if self.state is not State.DRAINING:
@@ -281,6 +290,11 @@ class Service:
             raise Refusal(said, status=503, code=code, retry_after_s=1.0 if soon else 5.0)
         return self.ready
 
+    async def estimate(self, add: m.Add) -> m.Estimated:
+        """What might be expected of a request, which is not served. Raises ``Refusal``."""
+        self.require_ready()
+        return await self._estimates.answer(add.request_id, lambda: self._tell(m.Estimate(add)))
+
     def expect_grammar(self) -> None:
         """A request with a grammar will be submitted once that is compiled. Raises ``Refusal`` when not ready."""
         self.require_ready()
@@ -348,8 +362,7 @@ class Service:
             flight.job.abort(failure)
 
     def close(self) -> None:
-        if self._stats_timer is not None:
-            self._stats_timer.cancel()
+        self._reports.close()
         self.events.close()
 
     def exposition(self) -> str:
@@ -387,7 +400,8 @@ class Service:
         if flight.accepted:
             return  # by another engine, before
         flight.accepted = True
-        flight.cached_tokens = message.cached_tokens
+        flight.cached_tokens, flight.forecast = message.cached_tokens, message.forecast
+        self.metrics.downgraded.add(outcome.is_downgraded(flight))
         self.metrics.prompt_tokens.add(len(flight.add.prompt))
         self.events.publish(
             "started", request_id=flight.add.request_id, n_prompt=len(flight.add.prompt), n=flight.add.n
@@ -413,6 +427,8 @@ class Service:
             ttft_s = flight.first_s - flight.add.arrival_s
             self.metrics.ttft.observe(ttft_s)
             self.events.publish("first", request_id=flight.add.request_id, ttft_s=ttft_s, cache=flight.cache)
+        if delta.ids and delta.index == 0:
+            flight.last_s = self.clock.now_s()
         if delta.finish_reason is not None:
             flight.open.discard(delta.index)
             flight.reasons.add(delta.finish_reason)
@@ -432,17 +448,10 @@ class Service:
         flight.open.clear()
         unused = flight.add.n * flight.add.max_tokens - flight.n_output
         flight.caller.give_tokens_back(unused if flight.accepted else unused + len(flight.add.prompt))
-        now_s = self.clock.now_s()
-        e2e_s = now_s - flight.add.arrival_s
-        self.metrics.finished.add(1, reason)
-        self.metrics.e2e.observe(e2e_s)
-        if flight.first_s is not None and flight.n_output > flight.add.n:
-            per_sequence = flight.n_output / flight.add.n
-            self.metrics.tpot.observe((now_s - flight.first_s) / (per_sequence - 1))
-        self.events.publish(
-            "finished", request_id=flight.add.request_id, reason=reason, n_output=flight.n_output, e2e_s=e2e_s,
-            cache=flight.cache,
-        )  # fmt: skip
+        now_s = flight.end_s = self.clock.now_s()
+        outcome.count(self.metrics, flight, reason)
+        self.events.publish("finished", **outcome.ended(flight, reason))
+        self._unsettled.expect(flight)
         for hear in self.on_end:
             try:
                 hear(flight, reason, now_s)
@@ -456,22 +465,14 @@ class Service:
             self._longest_step_s = max(self._longest_step_s, stats.step_s)
         self.stats = stats
         self.admission.backlog.queue(stats.waiting, self.clock.now_s())
-        wait_s = self._stats_published_s + STATS_EVERY_S - self.clock.now_s()
-        if wait_s <= 0:
-            self._publish_stats()
-        elif self._stats_timer is None:
-            self._stats_timer = asyncio.get_running_loop().call_later(wait_s, self._publish_stats)
+        self._reports.take(stats)
 
-    def _publish_stats(self) -> None:
-        if self._stats_timer is not None:
-            self._stats_timer.cancel()
-            self._stats_timer = None
-        if self.stats is not None:
-            self._stats_published_s = self.clock.now_s()
-            guesses = self.stats.guesses
-            told = msgspec.structs.asdict(self.stats)
-            told["guesses"] = msgspec.structs.asdict(guesses) if guesses is not None else None
-            self.events.publish("stats", in_flight=len(self._flights), **told)
+    def _take_ledger(self, ledger: Ledger) -> None:
+        """Before the end of the sequence where the engine ended it; after that, where it ended here."""
+        if flight := self._served.get(ledger.request_id):
+            flight.ledgers.append(ledger)
+        elif told := self._unsettled.settle(ledger):
+            self.events.publish("ledger", **told)
 
     def _tell_extras(self) -> None:
         """Have the engine send what somebody reads, and no more."""

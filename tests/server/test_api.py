@@ -203,6 +203,7 @@ def test_the_page_is_served_under_a_strict_policy(server: Running) -> None:
         ("/page.js", "text/javascript"),
         ("/map.js", "text/javascript"),
         ("/trees.js", "text/javascript"),
+        ("/ledger.js", "text/javascript"),
         ("/tokens.js", "text/javascript"),
         ("/page.css", "text/css"),
     ):

@@ -13,10 +13,13 @@ import pytest
 
 from tenon.base.errors import ProtocolError
 from tenon.engine import messages as m
+from tenon.engine.promises import Behind, Forecast, Ledger, Slo
 
 Batch = m.EngineBatch | m.ServerBatch
 
 ADD = m.Add("r", (1, 2, 3), 8, 7, stop_ids=(2,))
+FORECAST = Forecast(0.1, 0.01, 16, 0.5, False, 2.0)
+LEDGER = Ledger("r", 0, "stop", *(0.5 * i for i in range(16)), 2, (Behind("s", 0.1),))
 FRAME = m.encode(m.EngineBatch(1, (ADD, m.Abort("r"), m.Drain())))
 GUESSES = m.Guesses(1, 5, 2, 1.5, (1, 1), (1, 0))
 STATS = m.Stats(
@@ -29,6 +32,8 @@ SAID: list[Batch] = [
     ),
     m.EngineBatch(3, (m.LoadWeights("w", 1), m.Forget(), m.Expect())),
     m.EngineBatch(4, (m.Add("g", (4,), 2, 1, grammar=m.Grammar("n", "{}", (1, 2), True), embed=m.Embed("last")),)),
+    m.EngineBatch(5, (m.Estimate(m.Add("e", (4,), 2, 1, slo_class="c", slo=Slo(0.5, 0.05, 2.0, True))),)),
+    m.ServerBatch(2, (m.Estimated("e", FORECAST, None, 1, 2), m.Estimated("e", None, m.Rejected("e", "no")), LEDGER)),
     m.ServerBatch(1, (m.Phase("weights", 0.5, "x"), m.Ready("m", 9, 9, (2,), 9, 16, 99, {"a": "b"}), STATS)),
     m.ServerBatch(
         1,

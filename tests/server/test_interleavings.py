@@ -248,7 +248,8 @@ class Serving(RuleBasedStateMachine):
         for _ in range(n):
             if not self.is_down and self.engine.has_work:
                 deltas = self.engine.tick(self.clock.now_s())
-                self.to_server.extend([*self.engine.take_misses(), m.Outputs(1, tuple(deltas))])
+                told = [*self.engine.take_misses(), *self.engine.take_ledgers(), m.Outputs(1, tuple(deltas))]
+                self.to_server.extend(told)
                 self.engine.check_integrity()
 
     @rule(n=st.integers(1, 12))

@@ -30,6 +30,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "tiny", "messages": HELLO, "max_tokens": 2},
     "/v1/messages": {"model": "tiny", "messages": HELLO, "max_tokens": 2},
     "/v1/messages/count_tokens": {"model": "tiny", "messages": HELLO},
+    "/v1/estimate": {"model": "tiny", "messages": HELLO, "max_tokens": 2},
     "/v1/embeddings": {"model": "tiny", "input": "hello"},
     "/v1/responses": {"model": "tiny", "input": "hello", "max_output_tokens": 2},
     "/tokenize": {"prompt": "hello"},
@@ -38,8 +39,8 @@ SOUND: dict[str, dict[str, Any]] = {
 """A body that each route takes."""
 GETS = {
     "/v1/models", "/v1/models/{name:path}", "/tokenizer_info", "/livez", "/health", "/readyz", "/metrics", "/events",
-    "/", "/page.js", "/dom.js", "/settings.js", "/answer.js", "/tokens.js", "/live.js", "/map.js", "/trees.js",
-    "/page.css",
+    "/", "/page.js", "/dom.js", "/settings.js", "/answer.js", "/tokens.js", "/live.js", "/ledger.js", "/map.js",
+    "/trees.js", "/page.css",
     "/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content", "/v1/batches", "/v1/batches/{batch_id}",
 }  # fmt: skip
 STORED = {"/v1/files", "/v1/batches", "/v1/batches/{batch_id}/cancel"}
@@ -146,6 +147,7 @@ VALUES: list[Any] = [
     {"type": "json_schema", "json_schema": {"schema": {}}},
     {"format": {"type": "json_schema", "schema": {"$ref": "#"}}}, {"type": "function", "function": {"name": "f"}},
     {"regex": "[a"}, {"include_usage": True}, "required", "none", {"type": "enabled"}, {"effort": "high"},
+    {"ttft_ms": 1e-9, "tpot_x": 1e308}, {"tpot_ms": 1e308}, {"class": "x"},
 ]  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 // The page: a playground over the public API, and a live strip fed by /events. Nothing internal is read.
 //
-// dom: elements; settings: the form; answer, tokens: one message; live, map, trees: what the server says of itself.
+// dom: elements; settings: the form; answer, tokens: one message; live, ledger, map, trees: what the server says of itself.
 // This file routes between them: asking, the server's state, keys.
 
 import { Answer, Told, addUser } from "/answer.js";
 import { $, element } from "/dom.js";
+import { forgetLedgers, showLedger } from "/ledger.js";
 import { forget, showFirst, showStats, startLive } from "/live.js";
 import { showMap } from "/map.js";
 import { firstWrong, reveal, settings, startSettings } from "/settings.js";
@@ -156,6 +157,8 @@ const on = {
   trees: showTrees,
   residency: showMap,
   first: showFirst,
+  finished: showLedger,
+  ledger: showLedger,
 };
 
 async function showContext() {
@@ -231,6 +234,7 @@ async function watch() {
   if (view.state !== "dead") view.state = "offline";
   forget();
   forgetTrees();
+  forgetLedgers();
   showState();
   setTimeout(watch, 2000);
 }
