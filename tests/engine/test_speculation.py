@@ -109,7 +109,7 @@ class NowAndThen:
         self.n_rounds += 1
         return (4, 1 + self.n_rounds // 6 % 2) if self.n_rounds // 3 % 2 else (0, 0)
 
-    def goes_on(self, mass: float, n_nodes: int, n_trees: int) -> bool:
+    def goes_on(self, hopes: float, n_nodes: int, n_trees: int) -> bool:
         return True
 
     def told(self, rate: float) -> None:

@@ -37,9 +37,9 @@ class Plan(Protocol):
         """Depth and width for sequences of these warmths, among so many that decode; (0, 0): not at all."""
         ...
 
-    def goes_on(self, mass: float, n_nodes: int, n_trees: int) -> bool:
-        """Whether another level is worth it: ``n_nodes`` are at the trees' ends, whose paths are thought to come true
-        so often in all."""
+    def goes_on(self, hopes: float, n_nodes: int, n_trees: int) -> bool:
+        """Whether another level is worth it: of ``n_trees`` the likeliest paths so far come true ``hopes`` times in
+        all, as it is thought, and ``n_nodes`` are at their ends."""
         ...
 
     def told(self, rate: float) -> None:
@@ -60,7 +60,7 @@ class FixedPlan:
     def choose(self, warm: Sequence[int], n_decodes: int) -> tuple[int, int]:
         return self.drafts(n_decodes) or (0, 0)
 
-    def goes_on(self, mass: float, n_nodes: int, n_trees: int) -> bool:
+    def goes_on(self, hopes: float, n_nodes: int, n_trees: int) -> bool:
         """Whatever they are."""
         return True
 
@@ -83,8 +83,10 @@ class DraftPlan:
         self._left = self._n_decodes = 0
         self._warm: list[int] = []
         self._best = (0, 0)
-        self._hit = 0.0
-        """Of the best choice: the chance that one of a level's guesses is right."""
+        self._lasting = 0.5
+        """Of hopes, what is left of them a level further, in the average: what a draft says, not what came true of it,
+        for only the likeliest is ever verified."""
+        self._hopes = 0.0
         self._rate: float | None = None
         """Tokens a second that steps bring, drafting included."""
 
@@ -94,6 +96,7 @@ class DraftPlan:
             self._left, self._n_decodes, self._warm = KEEP, n_decodes, list(warm)
             self._best = self._choose(warm, n_decodes)
         self._left -= 1
+        self._hopes = 0.0
         if self._best == (0, 0):
             self._n_idle += 1
             if self._n_idle % TRY_EVERY == 0:
@@ -104,7 +107,6 @@ class DraftPlan:
         n = len(warm)
         chance = self._chance[list(warm)].mean(0)
         best, best_rate = (0, 0), n_decodes / self._seconds.plain(n_decodes) * (1 + MARGIN)
-        self._hit = 1.0
         for width in WIDTHS:
             hit = 1 - float(np.prod(1 - chance[:width]))
             depth = np.arange(1, self._max_depth + 1)
@@ -118,18 +120,19 @@ class DraftPlan:
             at = int(np.argmax(rate))
             if rate[at] > best_rate:
                 best, best_rate = (at + 1, width), float(rate[at])
-                self._hit = hit
         return best
 
-    def goes_on(self, mass: float, n_nodes: int, n_trees: int) -> bool:
+    def goes_on(self, hopes: float, n_nodes: int, n_trees: int) -> bool:
         """Whether what the level is expected to bring is more than steps bring in the time that it takes, verifying
         one more node of each tree included."""
+        before, self._hopes = self._hopes or n_trees, hopes
+        self._lasting += RATE * (min(1.0, hopes / before) - self._lasting)
         if self._rate is None or self._best == (0, 0):  # it is drafted to see what comes of it
             return True
         n = self._n_decodes
         verified_s, more_s = self._seconds.guessed(n, np.array([n + n_nodes, n + n_nodes + n_trees])).tolist()
         level_s = float(self._draft.plain_of(np.array([n_nodes]))[0]) + more_s - verified_s
-        return bool(mass * self._hit > self._rate * level_s)
+        return bool(hopes * self._lasting > self._rate * level_s)
 
     def told(self, rate: float) -> None:
         self._rate = rate if self._rate is None else self._rate + RATE * (rate - self._rate)

@@ -149,12 +149,12 @@ class Paper:
         return _fill(mask, f, most)
 
 
-STEEP: Final = 4.0
+STEEP: Final = 3.0
 """What a token counts for its sequence is how late that is, to this power: lateness is the time since its first token
 over what it was promised for as many, at the end of the step."""
-LEAST, MOST = 0.1, 10.0
+LEAST, MOST = 0.3, 10.0
 """Between which that lies."""
-LOST, FOR_LOST = 1.3, 0.3
+LOST, FOR_LOST = 1.15, 0.6
 """Who is later than this will not make up for it: its tokens count so much."""
 FEW: Final = 4
 """Tokens after the first; who has fewer is judged as if it had so many."""

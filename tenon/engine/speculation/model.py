@@ -144,8 +144,9 @@ class DraftModel(Planned):
                 twin for twin in ready if depth_n[self._row[twin.seq.id]] >= level and len(twin.beam.tokens) < room
             ]
             ready = [twin for twin in ready if twin.beam.frontier]
-            ends = [twin.beam.paths[node] for twin in ready for node in twin.beam.frontier]
-            if not ready or not self.plan.goes_on(sum(ends), len(ends), len(ready)):
+            hopes = sum(max(twin.beam.paths[node] for node in twin.beam.frontier) for twin in ready)
+            n_ends = sum(len(twin.beam.frontier) for twin in ready)
+            if not ready or not self.plan.goes_on(hopes, n_ends, len(ready)):
                 break
             self._level(ready, level, width, room)
             begin_s = self._tell(begin_s)
