@@ -160,6 +160,9 @@ class RecordedEngine(Engine):
             raise ConfigError(
                 f"a record begins with the engine; this one has taken {scheduler.counters.started} requests already"
             )
+        if engine.config.order == "fair":
+            said = "order 'fair' goes by measured times, which a record does not hold; record with 'fifo' or 'edf'"
+            raise ConfigError(said, subject="order")
         self._path, self._whole = path, whole_steps
         self._taken: list[Taken] = []
         self._n_steps = 0
@@ -445,13 +448,23 @@ def _fresh(opening: Opening, path: Path) -> tuple[Engine, VirtualClock, _Recorde
     return Engine(config, identity, scheduler, executor, clock), clock, recorded
 
 
+def _as_then(add: Add, *, refused: bool) -> Add:
+    """A forecast goes by measured times, which a record does not hold. So what was taken asks for nothing strictly, and
+    what was refused, perhaps for a forecast, is put as what nobody takes."""
+    if add.slo is None or not add.slo.strict:
+        return add
+    if refused:
+        return msgspec.structs.replace(add, max_tokens=0)
+    return msgspec.structs.replace(add, slo=msgspec.structs.replace(add.slo, strict=False))
+
+
 def _tell(engine: Engine, taken: Taken) -> None:
     """Hand over one message; its refusal must be the record's."""
     refused = False
     match taken.message:
         case Add():
             try:
-                engine.add(taken.message)
+                engine.add(_as_then(taken.message, refused=taken.refused))
             except RequestError:
                 refused = True
         case Abort():
