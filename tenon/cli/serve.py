@@ -13,7 +13,9 @@ from tenon.engine.config import MAX_NODES, EngineConfig
 from tenon.engine.messages import Ready
 from tenon.engine.policies.chunk import CHUNKS
 from tenon.engine.policies.forest import MAX_DEPTH
-from tenon.engine.policies.table import POLICIES, SPECULATES
+from tenon.engine.policies.order import ORDERS
+from tenon.engine.policies.speculate import BUDGET
+from tenon.engine.policies.table import BUDGETED, POLICIES, SPECULATES
 from tenon.server.limits import Limits
 from tenon.server.logs import FORMATS, LEVELS, LogConsole
 from tenon.server.run import ServeConfig, serve
@@ -85,6 +87,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-waiting", type=int, default=engine.max_waiting, help="more are refused with 429")
     group.add_argument("--no-prefix-cache", action="store_true", help="do not reuse the KV of equal prompt beginnings")
+    group.add_argument(
+        "--order", default=engine.order, choices=tuple(ORDERS), help="who of those who wait comes in first"
+    )
     group.add_argument("--evict", default=engine.evict, choices=tuple(POLICIES), help="which cached block gives way")
     group.add_argument("--threads", type=int, help="CPU threads of the engine (default: the machine's cores)")
     _add_speculation(parser, engine)
@@ -108,6 +113,10 @@ def _add_speculation(parser: argparse.ArgumentParser, engine: EngineConfig) -> N
     group.add_argument(
         "--speculative-nodes", type=int, default=engine.speculative_nodes, metavar="N",
         help=f"guesses of a sequence in a step at most, up to {MAX_NODES} (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--speculative-budget", type=int, metavar="N",
+        help=f"rows of a step in all, of the policies {', '.join(BUDGETED)} (default: {BUDGET})",
     )  # fmt: skip
 
 
@@ -153,11 +162,13 @@ def engine_from(args: argparse.Namespace) -> EngineConfig:
         max_waiting=args.max_waiting,
         prefix_cache=not args.no_prefix_cache,
         evict=args.evict,
+        order=args.order,
         threads=args.threads,
         speculative=args.speculative,
         speculative_policy=args.speculative_policy,
         speculative_depth=args.speculative_depth,
         speculative_nodes=args.speculative_nodes,
+        speculative_budget=args.speculative_budget,
     )
 
 

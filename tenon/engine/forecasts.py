@@ -14,6 +14,7 @@ from tenon.base.errors import Overloaded
 from tenon.engine.messages import Add
 from tenon.engine.policies.forecast import Expected, Learned, Lengths, Outlook, forecast
 from tenon.engine.policies.order import Coming
+from tenon.engine.policies.speculate import usual_s
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.promises import OUT_OF_REACH, Forecast, Ledger, Slo
 from tenon.engine.reuse import resident
@@ -22,8 +23,8 @@ from tenon.engine.sequence import Request, Seq
 if TYPE_CHECKING:
     from tenon.engine.scheduler import Scheduler
 
-RATE: Final = 0.05
-"""Of the averages of what a sequence gets of a step, and of what prompts add to one."""
+RATE: Final = 0.01
+"""Of the averages of what a sequence gets of a step, of what prompts add to one, of how many decode."""
 NOTHING: Final = Slo()
 LEAST_RETRY_S: Final = 1.0
 PIECE_ROWS: Final = 256
@@ -46,8 +47,8 @@ class Forecasts:
 
     def step_s(self, n_decodes: int, prompt_rows: int) -> float:
         """Of a step of so many decodes, with guesses as there have been lately, and so many rows of prompts."""
-        rows = np.array([max(1, n_decodes, round(n_decodes * self._rows_each))])
-        return self._drafting_s + float(self.times.mixed(max(1, n_decodes), rows, prompt_rows)[0])
+        rows = round(n_decodes * self._rows_each)
+        return self._drafting_s + usual_s(self.times, max(1, n_decodes), rows, prompt_rows)
 
     def stepped(self, n_decodes: int, n_rows: int, n_tokens: int, prompt_rows: int, drafting_s: float = 0.0) -> None:
         """A step of so many decodes had so many rows of theirs, brought them ``n_tokens``, and computed prompts; a
@@ -67,9 +68,10 @@ class Forecasts:
         told = seq.request.forecast
         if told is None or ledger.first_s is None or ledger.index:
             return
-        self.ttft.hear(told.ttft_s, ledger.first_s - ledger.received_s)
+        self.ttft.hear(told.ttft_s, told.ttft_factor, ledger.first_s - ledger.received_s)
         if seq.n_output > seq.first_n:
-            self.tpot.hear(told.tpot_s, (ledger.end_s - ledger.first_s) / (seq.n_output - seq.first_n))
+            each_s = (ledger.end_s - ledger.first_s) / (seq.n_output - seq.first_n)
+            self.tpot.hear(told.tpot_s, told.tpot_factor, each_s)
 
     # -- what may be expected ------------------------------------------------------------------------------
 
@@ -81,7 +83,8 @@ class Forecasts:
             found, awaited = resident(seq, scheduler.pools, scheduler.pending, gaps=gaps)
             hit = (len(found) + len(awaited)) * seq.block_tokens
         expected = forecast(self._outlook(scheduler, seq), max(1, seq.n_tokens - hit), self.times)
-        ttft_s, tpot_s = expected.ttft_s * self.ttft.factor, expected.tpot_s * self.tpot.factor
+        factors = self.ttft.factor, self.tpot.factor
+        ttft_s, tpot_s = expected.ttft_s * factors[0], expected.tpot_s * factors[1]
         slo = seq.request.add.slo
         confidences = [one for one in (self.ttft.confidence, self.tpot.confidence) if one is not None]
         return Forecast(
@@ -91,6 +94,8 @@ class Forecasts:
             confidence=min(confidences) if confidences else None,
             meets=slo is None or _meets(slo, ttft_s, tpot_s),
             retry_after_s=0.0 if slo is None else self._retry_after_s(slo, expected, ttft_s, tpot_s),
+            ttft_factor=factors[0],
+            tpot_factor=factors[1],
         )
 
     def coming(self, add: Add, now_s: float) -> Coming:
@@ -99,7 +104,7 @@ class Forecasts:
         slo = add.slo or NOTHING
         n = max(1, round(self._n_decodes))
         step_s = self.times.plain(n)
-        row_s = (float(self.times.mixed(n, np.array([n]), PIECE_ROWS)[0]) - step_s) / PIECE_ROWS
+        row_s = float(self.times.prompts(np.array([n]), PIECE_ROWS)[0]) / PIECE_ROWS
         n_tokens = self.lengths.left(0, add.max_tokens)
         cost_s = len(add.prompt) * row_s + add.n * n_tokens / self.per_step * step_s / n
         return Coming(now_s, add.tenant, cost_s, slo.weight, slo.ttft_s)
@@ -136,6 +141,7 @@ class Forecasts:
             prompt_rows=self._prompt_rows,
             per_step=self.per_step,
             rows_each=self._rows_each,
+            mean_decodes=self._n_decodes,
         )
 
     @staticmethod

@@ -39,6 +39,9 @@ class Forecast(msgspec.Struct, frozen=True):
     confidence: float | None = None
     meets: bool = True
     retry_after_s: float = 0.0
+    ttft_factor: float = 1.0
+    tpot_factor: float = 1.0
+    """By what was learned of others, what the engine's state says was multiplied."""
 
 
 class Behind(msgspec.Struct, frozen=True):

@@ -132,8 +132,8 @@ class Scheduler:
         if add.grammar is not None:
             begin(self.masks, add)
         request = requested(self, add, self._order, self._next_seq)
-        self._order, self._next_seq = self._order + 1, self._next_seq + add.n
         self.forecasts.admit(self, request)
+        self._order, self._next_seq = self._order + 1, self._next_seq + add.n
         self.requests[add.request_id] = request
         self.ledgers.received(request.seqs[0], self.now_s, len(self.running) + len(self.waiting))
         request.due_s = self.order.due_s(self.forecasts.coming(add, self.now_s))

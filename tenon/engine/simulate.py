@@ -349,7 +349,7 @@ class Simulation:
         if stretch is None:
             return False
         clock, watch = self.clock, self.executor.watch
-        n_rows, ledgers = len(stretch.seqs), self.scheduler.ledgers
+        n_rows, ledgers, forecasts = len(stretch.seqs), self.scheduler.ledgers, self.scheduler.forecasts
         heard_s: list[float] = []
         next_s = self._events.next_s
         while stretch.reserve(clock.now_s()):
@@ -362,6 +362,7 @@ class Simulation:
             else:
                 ledgers.stepped(begin_s, clock.now_s(), [Span(seq, 0, 1, []) for seq in stretch.seqs], ())
             stretch.commit()
+            forecasts.stepped(n_rows, n_rows, n_rows, 0)
             heard_s.append(clock.now_s() + self._text_s)
             self._stepped(begin_s, n_rows)
             if next_s <= clock.now_s():

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from tenon.base.clock import SYSTEM
-from tenon.base.errors import ConfigError, RequestError, ResourceError
+from tenon.base.errors import ConfigError, Overloaded, RequestError, ResourceError
 from tenon.engine.build import build_engine
 from tenon.engine.config import EngineConfig
 from tenon.engine.engine import Engine
 from tenon.engine.messages import Add, Embed
+from tenon.engine.promises import Slo
 from tenon.engine.record import Closing, Opening, RecordedEngine, Tick, read, replay
 from tenon.models.hf_config import read_config
 from tenon.models.hub import resolve
@@ -273,3 +274,28 @@ def test_an_engine_that_has_served_cannot_be_recorded(tmp_path: Path) -> None:
         RecordedEngine(hash_engine(), tmp_path)
     with pytest.raises(ConfigError, match="cannot read"):
         replay(tmp_path / "nothing")
+
+
+def test_what_was_refused_for_a_forecast_is_refused_in_the_replay(tmp_path: Path) -> None:
+    """Forecasts go by measured times, of which a replay has none."""
+    made = RecordedEngine(hash_engine(40, 200), tmp_path / "run.steps")
+    for i, slo in enumerate((Slo(1e-9, strict=True), Slo(1e9, strict=True), Slo(1e-9), Slo(1e9, 1e-9, strict=True))):
+        add = Add(f"r{i}", (1, 2, 3 + i), 4, i, slo=slo)
+        if slo.strict and 1e-9 in (slo.ttft_s, slo.tpot_s):
+            with pytest.raises(Overloaded, match="asks strictly for"):
+                made.add(add)
+        else:
+            made.add(add)
+        made.tick(0.0)
+    while made.has_work:
+        made.tick(0.0)
+    made.close()
+    found = replay(tmp_path / "run.steps")
+    assert (found.difference, found.closed, found.requests) == ("", True, 2)
+
+
+def test_turns_by_measured_times_cannot_be_recorded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="order 'fair' goes by measured times") as refused:
+        RecordedEngine(hash_engine(order="fair"), tmp_path / "run.steps")
+    assert refused.value.subject == "order"
+    assert not (tmp_path / "run.steps").exists()

@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
-from tenon.engine.policies.speculate import Seconds
+from tenon.engine.policies.speculate import Seconds, usual_s
 
 LENGTHS: Final = 512
 """Of outputs that have ended, the newest, from which it is told how long running ones will be."""
@@ -40,7 +38,7 @@ class Outlook:
     """An engine as it is. ``left``: tokens that each of those who decode is expected to get yet; ``rows_ahead``: of
     prompts that are being computed or wait; ``n_ahead``: who waits; ``chunk``: rows of prompts that a step takes beside
     its decodes; ``prompt_rows``: how many it has lately had, in the mean; ``per_step``: tokens that a sequence gets of
-    a step; ``rows_each``: rows that it has in one."""
+    a step; ``rows_each``: rows that it has in one; ``mean_decodes``: how many have lately decoded, in the mean."""
 
     left: Sequence[float]
     rows_ahead: int
@@ -50,6 +48,7 @@ class Outlook:
     prompt_rows: float
     per_step: float = 1.0
     rows_each: float = 1.0
+    mean_decodes: float | None = None
 
     @property
     def n_decodes(self) -> int:
@@ -57,8 +56,7 @@ class Outlook:
 
     def step_s(self, seconds: Seconds, n: int, prompt_rows: float) -> float:
         """Of ``n`` decodes and so many rows of prompts."""
-        rows = max(n, round(n * self.rows_each))
-        return float(seconds.mixed(max(1, n), np.array([max(1, rows)]), round(prompt_rows))[0])
+        return usual_s(seconds, max(1, n), round(n * self.rows_each), round(prompt_rows))
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,8 @@ def forecast(outlook: Outlook, rows: int, seconds: Seconds) -> Expected:
     own_s = _prompts_s(outlook, rows, seconds)
     ttft_s = max(wait_s, done_s) + own_s
     later = min(n + min(outlook.n_ahead, outlook.n_slots) + 1, n + max(1, outlook.n_slots))
+    if outlook.mean_decodes is not None:  # a crowd does not last, nor does a lull
+        later = round((later + max(1.0, outlook.mean_decodes)) / 2)
     tpot_s = outlook.step_s(seconds, later, outlook.prompt_rows) / outlook.per_step
     return Expected(ttft_s, tpot_s, wait_s)
 
@@ -135,10 +135,12 @@ class Learned:
         """Share of forecasts that were right; None where too few have come true or not."""
         return sum(self._right) / len(self._right) if len(self._right) >= LEAST_KNOWN else None
 
-    def hear(self, told_s: float, came_s: float) -> None:
-        """It was told, and came."""
+    def hear(self, told_s: float, factor: float, came_s: float) -> None:
+        """What was told, ``factor`` times what an engine's state said, and what came. It is long since it was told: so
+        what is learned is the average of what would have been right, not a step from what is thought by now."""
         if not (0 < told_s < math.inf and 0 < came_s < math.inf):
             return
-        off, most = math.log(came_s / told_s), math.log(BOUND)
         self._right.append(abs(told_s / came_s - 1) <= WITHIN)
-        self._log = max(-most, min(most, self._log + RATE * max(-most, min(most, off))))
+        most = math.log(BOUND)
+        off = max(-most, min(most, math.log(came_s / (told_s / factor))))
+        self._log += RATE * (off - self._log)

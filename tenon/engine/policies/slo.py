@@ -188,9 +188,9 @@ class Slack:
 
     def choose(self, forest: Forest, load: Load) -> Bool | None:
         f, n, seconds = forest.f, load.n, load.seconds
-        mixed_s = seconds.mixed(n, np.array([n]), load.prompt_rows)
         plain_s = load.spent_s + seconds.plain(n)
-        weight_n = _weights(load, len(f), max(self._last_s, load.spent_s + float(mixed_s[0])))
+        prompts_s = float(seconds.prompts(np.array([n]), load.prompt_rows)[0])
+        weight_n = _weights(load, len(f), max(self._last_s, plain_s + prompts_s))
         worth = (f * weight_n[:, None]).astype(np.float32)
         order = likeliest(worth)[: load.most]
         if not len(order):
@@ -202,7 +202,7 @@ class Slack:
         best = int(np.argmax(brought - price * taken_s))
         is_none = brought[best] * plain_s < roots * (1 + load.margin) * taken_s[best]
         self._learn(*((roots, plain_s) if is_none else (float(brought[best]), float(taken_s[best]))))
-        self._last_s = float(mixed_s[0]) + (plain_s if is_none else float(taken_s[best])) - seconds.plain(n)
+        self._last_s = prompts_s + (plain_s if is_none else float(taken_s[best]))
         if is_none:
             return None
         mask = np.zeros(forest.shape, np.bool_)

@@ -60,6 +60,17 @@ class Seconds(Protocol):
         """``guessed``, of steps that compute so many rows of prompts besides."""
         ...
 
+    def prompts(self, rows: NDArray[np.int64], prompt_rows: int) -> F64:
+        """What so many rows of prompts add to steps of so many others."""
+        ...
+
+
+def usual_s(seconds: Seconds, n: int, rows: int, prompt_rows: int) -> float:
+    """Of a step of ``n`` sequences and so many rows of theirs, with guesses where these are more, and of prompts."""
+    at = np.array([max(n, rows)])
+    decodes_s = seconds.plain(n) if rows <= n else float(seconds.guessed(n, at)[0])
+    return decodes_s + float(seconds.prompts(at, prompt_rows)[0])
+
 
 @dataclass(frozen=True)
 class Load:

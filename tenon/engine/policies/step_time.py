@@ -84,11 +84,12 @@ class StepTimes:
 
     def mixed(self, n: int, rows: I64, prompt_rows: int) -> F64:
         """``guessed``, of steps that compute so many rows of prompts besides."""
-        seconds = self.guessed(n, rows)
-        if prompt_rows:
-            grown = np.interp(rows + prompt_rows, self._knots, self._base) - np.interp(rows, self._knots, self._base)
-            seconds = seconds + self._speed * self._prompt * grown
-        return seconds
+        return self.guessed(n, rows) + self.prompts(rows, prompt_rows) if prompt_rows else self.guessed(n, rows)
+
+    def prompts(self, rows: I64, prompt_rows: int) -> F64:
+        """What so many rows of prompts add to steps of so many others."""
+        grown = np.interp(rows + prompt_rows, self._knots, self._base) - np.interp(rows, self._knots, self._base)
+        return np.asarray(self._speed * self._prompt * grown)
 
     def tell_mixed(self, n: int, all_rows: int, prompt_rows: int, seconds: float) -> None:
         """A step of ``n`` sequences that decode, ``prompt_rows`` of whose rows were of prompts, took so long."""
