@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tenon.engine.config import EngineConfig
 from tenon.engine.engine import Engine
 from tenon.engine.executors.torch import TorchExecutor
 from tenon.engine.messages import Add
+from tenon.engine.promises import Slo
 from tenon.engine.speculation.build import Draft
 from tenon.models.checkpoint import random_decoder
 from tests.engine.build import Lab, Labs, engine, ids, told
@@ -78,6 +80,32 @@ def test_no_bit_changes(name: str, dtype: str, lab: Labs) -> None:
         preempted += made.stats(0.0).preemptions
     assert accepted > 50
     assert preempted > 0
+
+
+PROMISED: list[dict[str, Any]] = [
+    {
+        "speculative": "suffix",
+        "speculative_policy": "slack",
+        "chunk": "patient",
+        "order": "fair",
+        "min_chunk_tokens": 4,
+    },
+    {"speculative": "suffix,ngram", "speculative_policy": "paper", "order": "edf", "n_blocks": 16},
+    {"speculative": "draft", "speculative_policy": "paper", "speculative_budget": 9, "chunk": "patient"},
+    {"prompts": "first", "chunk": "patient", "order": "edf", "max_step_tokens": 11, "min_chunk_tokens": 1},
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES[1:3])
+def test_no_bit_changes_by_what_is_promised(name: str, dtype: str, lab: Labs) -> None:
+    it = lab(name, dtype, numerics="invariant")
+    plain = told(served(it), requests())
+    slos = (Slo(tpot_s=1e-3), Slo(ttft_s=1e-3), None, Slo(tpot_s=5.0, weight=3.0), Slo(2e-2, 2e-2))
+    promised = [
+        replace(add, slo=slo, tenant=f"{i % 2}") for i, (add, slo) in enumerate(zip(requests(), slos, strict=True))
+    ]
+    for way in PROMISED:
+        assert told(served(it, **way), promised) == plain, way
 
 
 def test_a_context_that_comes_back_is_read_from_verified_blocks(lab: Labs) -> None:
