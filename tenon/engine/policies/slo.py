@@ -82,38 +82,42 @@ def patience(claims: Claims | None, brought: float, seconds_of: Callable[[int], 
 def optimal(f: F32, need: F64, budget: int) -> Bool | None:
     """AdaServe's algorithm 1: of all sets of nodes that hold each one's parent, are at most ``budget`` - n (roots are
     rows too), and bring everybody what he needs, the one with most expected tokens. None where there is none."""
-    n = len(f)
-    found = _first_needs(f, need, budget - n, f.shape[1], np.arange(n))
-    if found is None:
-        return None
-    mask, short = found
-    return None if short.any() else _fill(mask, f, budget - n)
-
-
-def _first_needs(f: F32, need: F64, left: int, largest: int, order: NDArray[np.integer]) -> tuple[Bool, Bool] | None:
-    """Of each row, in ``order``, its likeliest nodes until it has what it needs or ``largest`` of them, ``left`` in
-    all. Also (n,) who has too little. None where ``left`` is below 0."""
+    n, left = len(f), budget - len(f)
     if left < 0:
         return None
-    by_f = np.argsort(-f, axis=1, kind="stable")
-    ordered = np.take_along_axis(f, by_f, axis=1).astype(np.float64)
+    order = likeliest(f)
+    mask, short = _first_needs(f, order, need, left, f.shape[1], np.arange(n))
+    return None if short.any() else _fill(mask, order, left)
+
+
+def _first_needs(
+    f: F32, order: I64, need: F64, left: int, largest: int, turns: NDArray[np.integer]
+) -> tuple[Bool, Bool]:
+    """Of each row, in ``turns``, its likeliest nodes until it has what it needs or ``largest`` of them, ``left`` in
+    all. Also (n,) who has too little. ``order``: all nodes, the likeliest first."""
+    n, C = f.shape
+    by_row = order[np.argsort((order // C).astype(np.uint16), kind="stable")]
+    row = by_row // C
+    counts = np.bincount(row, minlength=n)
+    place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    ordered = np.zeros((n, C))
+    ordered[row, place] = f.ravel()[by_row]
     before = 1 + np.cumsum(ordered, axis=1) - ordered
     wanted = (before < need[:, None]) & (ordered > 0)
-    wanted[:, largest:] = False
-    k = wanted.sum(axis=1)
-    ends = np.cumsum(k[order])
+    k = wanted[:, :largest].sum(axis=1)
+    ends = np.cumsum(k[turns])
     granted = np.empty_like(k)
-    granted[order] = np.clip(left - (ends - k[order]), 0, k[order])
-    taken = np.arange(f.shape[1]) < granted[:, None]
+    granted[turns] = np.clip(left - (ends - k[turns]), 0, k[turns])
     mask = np.zeros(f.shape, np.bool_)
-    np.put_along_axis(mask, by_f, taken, axis=1)
-    return mask, 1 + (ordered * taken).sum(axis=1) < need
+    mask.ravel()[by_row[place < granted[row]]] = True
+    return mask, 1 + (ordered * (np.arange(C) < granted[:, None])).sum(axis=1) < need
 
 
-def _fill(mask: Bool, f: F32, most: int) -> Bool:
+def _fill(mask: Bool, order: I64, most: int) -> Bool:
     """``mask`` and the likeliest of the others, ``most`` in all."""
     left = most - int(np.count_nonzero(mask))
-    mask.ravel()[likeliest(np.where(mask, 0, f))[: max(0, left)]] = True
+    others = order[~mask.ravel()[order]]
+    mask.ravel()[others[: max(0, left)]] = True
     return mask
 
 
@@ -137,16 +141,14 @@ class Paper:
 
     def choose(self, forest: Forest, load: Load) -> Bool:
         most = min(load.most, max(0, self.budget - load.n))
-        f, n = forest.f, len(forest.f)
-        mask = np.zeros(forest.shape, np.bool_)
-        if load.claims is not None:
-            step_s = load.spent_s + float(load.seconds.mixed(load.n, np.array([load.n + most]), load.prompt_rows)[0])
-            need = np.minimum(load.claims.need(step_s), forest.depth.max(axis=1, initial=0) + 1)
-            order = np.argsort(need if self.ascending else -need, kind="stable")
-            largest = int(LARGEST * self.budget / load.n)
-            found = _first_needs(f, need, most, largest, order)
-            mask = found[0] if found is not None and n else mask
-        return _fill(mask, f, most)
+        f, claims, order = forest.f, load.claims, likeliest(forest.f)
+        if claims is None or not len(order):
+            return _fill(np.zeros(forest.shape, np.bool_), order, most)
+        step_s = load.spent_s + float(load.seconds.mixed(load.n, np.array([load.n + most]), load.prompt_rows)[0])
+        need = np.minimum(claims.need(step_s), forest.depth.max(axis=1) + 1)
+        turns = np.argsort(need if self.ascending else -need, kind="stable")
+        mask, _ = _first_needs(f, order, need, most, int(LARGEST * self.budget / load.n), turns)
+        return _fill(mask, order, most)
 
 
 STEEP: Final = 3.0
