@@ -87,7 +87,7 @@ class Chunks:
             n = len(decodes)
             promised = Promised(
                 claims_of(decodes, now_s),
-                forecasts.per_step,
+                forecasts.usual.per_step,
                 lambda rows: forecasts.step_s(n, rows),
                 [(_due_s(seq) - now_s, seq.n_tokens - seq.n_computed) for seq in (*prefills, *waiting[: self._slots])],
             )

@@ -6,6 +6,7 @@ is refused, with the time after which it might be; any other is served as well a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -31,6 +32,25 @@ PIECE_ROWS: Final = 256
 """Of a prompt, what its rows are priced by."""
 
 
+@dataclass(slots=True)
+class Usual:
+    """Of steps, in the average: how many decode, tokens and rows of each, rows of prompts, a draft model's seconds."""
+
+    decodes: float = 0.0
+    per_step: float = 1.0
+    rows_each: float = 1.0
+    prompt_rows: float = 0.0
+    drafting_s: float = 0.0
+
+    def take(self, rate: float, decodes: int, rows: int, tokens: int, prompt_rows: int, drafting_s: float) -> None:
+        self.drafting_s += rate * (drafting_s - self.drafting_s)
+        self.prompt_rows += rate * (prompt_rows - self.prompt_rows)
+        self.decodes += rate * (decodes - self.decodes)
+        if decodes:
+            self.per_step += rate * (tokens / decodes - self.per_step)
+            self.rows_each += rate * (rows / decodes - self.rows_each)
+
+
 class Forecasts:
     """Of one scheduler. ``times`` say what steps take."""
 
@@ -38,27 +58,41 @@ class Forecasts:
         self.times = times
         self.lengths = Lengths()
         self.ttft, self.tpot = Learned(), Learned()
-        self.per_step = self._rows_each = 1.0
-        """Tokens and rows of a sequence in a step that it decodes in, in the mean."""
-        self._drafting_s = 0.0
-        self._prompt_rows = self._n_decodes = 0.0
+        self._usual = Usual()
+        self._n_alike = self._alike_of = 0
+        """Steps of so many decodes alone that have not been averaged yet."""
 
     # -- what steps and endings say ------------------------------------------------------------------------
 
     def step_s(self, n_decodes: int, prompt_rows: int) -> float:
         """Of a step of so many decodes, with guesses as there have been lately, and so many rows of prompts."""
-        rows = round(n_decodes * self._rows_each)
-        return self._drafting_s + usual_s(self.times, max(1, n_decodes), rows, prompt_rows)
+        usual = self.usual
+        rows = round(n_decodes * usual.rows_each)
+        return usual.drafting_s + usual_s(self.times, max(1, n_decodes), rows, prompt_rows)
 
     def stepped(self, n_decodes: int, n_rows: int, n_tokens: int, prompt_rows: int, drafting_s: float = 0.0) -> None:
         """A step of so many decodes had so many rows of theirs, brought them ``n_tokens``, and computed prompts; a
         draft model took so long before it."""
-        self._drafting_s += RATE * (drafting_s - self._drafting_s)
-        self._prompt_rows += RATE * (prompt_rows - self._prompt_rows)
-        self._n_decodes += RATE * (n_decodes - self._n_decodes)
-        if n_decodes:
-            self.per_step += RATE * (n_tokens / n_decodes - self.per_step)
-            self._rows_each += RATE * (n_rows / n_decodes - self._rows_each)
+        self.usual.take(RATE, n_decodes, n_rows, n_tokens, prompt_rows, drafting_s)
+
+    def stepped_alike(self, n_decodes: int) -> None:
+        """A step of so many decodes, and nothing else. There are many of them."""
+        if n_decodes != self._alike_of:
+            self._average()
+            self._alike_of = n_decodes
+        self._n_alike += 1
+
+    @property
+    def usual(self) -> Usual:
+        """What steps have been like lately."""
+        if self._n_alike:
+            self._average()
+        return self._usual
+
+    def _average(self) -> None:
+        n = self._alike_of
+        self._usual.take(1 - (1 - RATE) ** self._n_alike, n, n, n, 0, 0.0)
+        self._n_alike = 0
 
     def ended(self, seq: Seq, ledger: Ledger) -> None:
         """Learn from a sequence that ended by itself."""
@@ -102,11 +136,12 @@ class Forecasts:
         """A request as those see it who decide about turns. It costs about what its prompt's rows take, and its tokens'
         part of steps among those who decode now."""
         slo = add.slo or NOTHING
-        n = max(1, round(self._n_decodes))
+        usual = self.usual
+        n = max(1, round(usual.decodes))
         step_s = self.times.plain(n)
         row_s = float(self.times.prompts(np.array([n]), PIECE_ROWS)[0]) / PIECE_ROWS
         n_tokens = self.lengths.left(0, add.max_tokens)
-        cost_s = len(add.prompt) * row_s + add.n * n_tokens / self.per_step * step_s / n
+        cost_s = len(add.prompt) * row_s + add.n * n_tokens / usual.per_step * step_s / n
         return Coming(now_s, add.tenant, cost_s, slo.weight, slo.ttft_s)
 
     def admit(self, scheduler: Scheduler, request: Request) -> None:
@@ -131,6 +166,7 @@ class Forecasts:
         others = [seq for seq in (*running, *scheduler.waiting) if not seq.is_decoding and seq is not new]
         n_slots = scheduler.config.max_sequences - sum(seq.n_slots for seq in running)
         waiting = [seq for seq in scheduler.waiting if seq is not new]
+        usual = self.usual
         room = max(1, scheduler.config.max_step_tokens - len(left))
         return Outlook(
             left=left,
@@ -138,10 +174,10 @@ class Forecasts:
             n_ahead=sum(seq.n_slots for seq in waiting),
             n_slots=n_slots,
             chunk=min(room, scheduler.chunks.chosen or room),
-            prompt_rows=self._prompt_rows,
-            per_step=self.per_step,
-            rows_each=self._rows_each,
-            mean_decodes=self._n_decodes,
+            prompt_rows=usual.prompt_rows,
+            per_step=usual.per_step,
+            rows_each=usual.rows_each,
+            mean_decodes=usual.decodes,
         )
 
     @staticmethod

@@ -226,8 +226,10 @@ class Ledgers:
 
     def stepped_alike(self, end_s: float, n_decodes: int) -> None:
         """Another step of those who decoded in the last one, a row each."""
-        self._sums.add(self._split(end_s - (self._end_s or end_s), n_decodes, n_decodes, 0))
-        self._end_s = end_s
+        seconds, known = end_s - (self._end_s or end_s), self._plain_s.get(n_decodes)
+        self._plain_s[n_decodes] = seconds if known is None else known + RATE * (seconds - known)
+        self._sums.plain_s += seconds
+        self.step_plain_s, self._end_s = seconds, end_s
 
     def idle(self) -> None:
         """There is no work: what passes until the next step is nobody's."""

@@ -428,7 +428,7 @@ class Scheduler:
             if row in to_look_at:
                 deltas[row] = self._tell(lane.seqs[row], (ids[row],), (row,), result)
         self.counters.output_tokens += len(ids)
-        self.forecasts.stepped(len(ids), len(ids), len(ids), 0)
+        self.forecasts.stepped_alike(len(ids))
         self._spans = []
         return deltas
 

@@ -362,7 +362,7 @@ class Simulation:
             else:
                 ledgers.stepped(begin_s, clock.now_s(), [Span(seq, 0, 1, []) for seq in stretch.seqs], ())
             stretch.commit()
-            forecasts.stepped(n_rows, n_rows, n_rows, 0)
+            forecasts.stepped_alike(n_rows)
             heard_s.append(clock.now_s() + self._text_s)
             self._stepped(begin_s, n_rows)
             if next_s <= clock.now_s():
