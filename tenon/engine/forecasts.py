@@ -151,12 +151,9 @@ class Forecasts:
         if add.slo is None or not add.slo.promises:
             return
         told = request.forecast = self.of(scheduler, request.seqs[0])
-        if told.meets or add.again:
-            return
-        if add.slo.strict:
+        if add.slo.strict and not (told.meets or add.again):
             after_s = max(LEAST_RETRY_S, told.retry_after_s)
             raise Overloaded(_said(add, told), retry_after_s=after_s, code=OUT_OF_REACH)
-        request.downgraded = True
 
     def _outlook(self, scheduler: Scheduler, new: Seq) -> Outlook:
         running = scheduler.running
@@ -197,7 +194,7 @@ def _said(add: Add, told: Forecast) -> str:
     slo = add.slo or Slo()
     parts = []
     if slo.ttft_s is not None and told.ttft_s > slo.ttft_s:
-        parts.append(f"a first token within {slo.ttft_s * 1e3:.0f} ms, where {told.ttft_s * 1e3:.0f} ms are expected")
+        parts.append(f"a first token within {slo.ttft_s * 1e3:.3g} ms, where {told.ttft_s * 1e3:.3g} ms are expected")
     if slo.tpot_s is not None and told.tpot_s > slo.tpot_s:
-        parts.append(f"a token every {slo.tpot_s * 1e3:.1f} ms, where {told.tpot_s * 1e3:.1f} ms are expected")
+        parts.append(f"a token every {slo.tpot_s * 1e3:.3g} ms, where {told.tpot_s * 1e3:.3g} ms are expected")
     return f"the request asks strictly for {' and '.join(parts)}"

@@ -201,8 +201,6 @@ class Request:
     forked: bool = False
     forecast: Forecast | None = None
     """Of one that is promised something, when it came."""
-    downgraded: bool = False
-    """Whether it is served as well as can be, for it was promised what could not be kept."""
 
     @property
     def n_unfinished(self) -> int:
