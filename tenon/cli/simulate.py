@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,9 +18,13 @@ from tenon.base.clock import SYSTEM
 from tenon.base.errors import ConfigError
 from tenon.cost.device import LOCAL, Device
 from tenon.cost.device import find as find_device
+from tenon.cost.work import decode_shape
 from tenon.engine.config import EngineConfig
+from tenon.engine.promises import Slo
 from tenon.engine.simulate import Marks, Simulated, Simulation, device_cost, free_bytes
 from tenon.engine.simulated_view import timeline
+from tenon.engine.speculation.measure import CONTEXT
+from tenon.engine.speculation.simulated import Agreement, SimulatedDraft
 from tenon.models.shapes import find as find_model
 from tenon.sim import timeline as timelines
 from tenon.workloads import generator, report_view
@@ -30,7 +34,8 @@ from tenon.workloads.trace import load as load_trace
 
 SETTINGS: Final = (
     "dtype", "block_tokens", "kv_bytes", "max_model_len", "max_step_tokens", "max_sequences", "max_waiting",
-    "max_preemptions", "prefix_cache", "reuse", "pending", "evict", "chunk", "tpot_ms", "min_chunk_tokens",
+    "max_preemptions", "prefix_cache", "reuse", "pending", "evict", "chunk", "tpot_ms", "min_chunk_tokens", "prompts",
+    "order", "speculative_policy", "speculative_depth", "speculative_nodes", "speculative_budget",
 )  # fmt: skip
 """What of an ``EngineConfig`` decides about steps."""
 
@@ -52,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--slo", action="append", default=[], metavar="[CLASS:]ttft=0.5,tpot=50ms,e2e=10",
-        help="bounds to attain, for all classes or one (default: the trace's own)",
+        help="bounds to attain, for all classes or one (default: the trace's own); policies know them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--draft", metavar="MODEL",
+        help="guess ahead with a draft model of this shape on the same device; how often it is right is made up "
+        "(docs/simulator.md)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write report.svg, timeline.svg and timeline.json")
@@ -74,16 +84,25 @@ def run(args: argparse.Namespace) -> int:
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     on = device.name if args.devices == 1 else f"{args.devices} x {device.name}"
     marks = Marks(model=Path(args.model).name, device=on, cost=source_of(device))
+    cost = device_cost(model, device, dtype, args.devices)
+    draft, memory_bytes = None, free_bytes(model, device, dtype, args.devices)
+    if args.draft is not None:
+        memory_bytes -= int(find_model(args.draft).weights_bytes())
+        config = replace(config, speculative=args.draft)
+        draft = drafting(args.draft, device, args.devices)
+    promised = {name: Slo(slo.ttft_s, slo.tpot_s) for name, slo in slos.items()}
     folder = args.runs / f"simulate-{int(SYSTEM.wall_s())}-{os.getpid()}"
     simulation = Simulation(
         config,
         model,
-        device_cost(model, device, dtype, args.devices),
+        cost,
         marks,
-        memory_bytes=free_bytes(model, device, dtype, args.devices),
+        memory_bytes=memory_bytes,
         text_s=args.text_ms / 1e3,
         seed=args.seed,
         records=folder,
+        slos=promised,
+        draft=draft,
     )
     start_s = SYSTEM.now_s()
     result = _run(simulation, trace)
@@ -97,8 +116,13 @@ def run(args: argparse.Namespace) -> int:
         **({"text_ms": args.text_ms} if args.text_ms else {}),
         **_changed(config),
     }
-    note = f"simulated: no model ran, the times of steps are a cost model's ({marks.cost})"
-    report = reports.report_of(result.outcomes, slos, (note,), **about)
+    notes = [f"simulated: no model ran, the times of steps are a cost model's ({marks.cost})"]
+    if simulation.scheduler.speculation is not None:
+        guesses = simulation.scheduler.speculation.guesses()
+        each = guesses.accepted / guesses.trees if guesses.trees else 0.0
+        made_up = "how right a draft is, is made up"
+        notes.append(f"guesses: {guesses.trees} trees, {each:.2f} of each came true; {made_up}")
+    report = reports.report_of(result.outcomes, slos, notes, **about)
     if args.json:
         print(reports.dump(report).decode(), end="")
     else:
@@ -109,6 +133,15 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         _plot(args.plot, result, report)
     return 0 if report.overall.n_answered else 1
+
+
+def drafting(name: str, device: Device, n_devices: int) -> SimulatedDraft:
+    """A draft model by its shape, in contexts of 256 tokens, as often right as ``Agreement`` says. Raises
+    ``ConfigError`` for a shape that is not known or cannot be priced."""
+    model = find_model(name)
+    cost = device_cost(model, device, model.dtype, n_devices)
+    windows = model.cost.group_windows()
+    return SimulatedDraft(lambda rows: cost(decode_shape([CONTEXT] * rows, windows)), {"": Agreement()})
 
 
 def config_from(words: list[str]) -> EngineConfig:

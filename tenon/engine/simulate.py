@@ -383,7 +383,9 @@ class Simulation:
             # The engine times its own steps; those of a stretch are not its own.
             stats = msgspec.structs.replace(self.engine.stats(now_s), step_s=now_s - begin_s, bookkeeping_s=0.0)
             self._stats.append(stats)
-            self._publish("stats", in_flight=len(self._flights), **msgspec.structs.asdict(stats))
+            told = msgspec.structs.asdict(stats)
+            told["guesses"] = None if stats.guesses is None else msgspec.structs.asdict(stats.guesses)
+            self._publish("stats", in_flight=len(self._flights), **told)
 
     # -- records -------------------------------------------------------------------------------------------
 

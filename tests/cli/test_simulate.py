@@ -87,6 +87,21 @@ def test_a_workloads_name_is_a_trace(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["overall"]["n"] == 5
 
 
+def test_guesses_are_simulated_and_said_to_be_made_up(
+    tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "--trace", str(trace), "--json") == 0
+    plain = json.loads(capsys.readouterr().out)
+    words = ["--draft", "Llama-3.2-1B", "--config", "speculative_policy=slack", "--slo", "fast:tpot=1ms"]
+    assert run(tmp_path, "--trace", str(trace), "--json", *words) == 0
+    guessed = json.loads(capsys.readouterr().out)
+    assert "how right a draft is, is made up" in guessed["notes"][1]
+    assert guessed["about"]["steps"] < plain["about"]["steps"]
+    assert guessed["overall"]["tpot"]["mean"] < plain["overall"]["tpot"]["mean"]
+    told = [r["guesses"] for one in (tmp_path / "runs").iterdir() for r in read_records(one) if r.get("guesses")]
+    assert max(guesses["trees"] for guesses in told) > 10
+
+
 def test_more_devices_are_faster(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spans = []
     for n in ("1", "2"):
@@ -116,6 +131,8 @@ def test_nothing_answered_is_status_1(tmp_path: Path, trace: Path, capsys: pytes
         (["--rate", "3"], "--rate is for traces made by name"),
         (["--slo", "quick:ttft=1"], "the class 'quick'; this trace's classes: fast, slow"),
         (["--model", "Llama-3-70B"], "the weights take 141.1 GB"),
+        (["--draft", "Llama-3.2-2B"], "known shape 'Llama-3.2-2B'; did you mean Llama-3.2-1B"),
+        (["--config", "speculative_policy=luck"], "speculative_policy must be one of 'pays'"),
         (["--device", "V100"], "V100 has no arithmetic in bfloat16"),
     ],
 )
