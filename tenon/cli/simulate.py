@@ -27,7 +27,7 @@ from tenon.engine.speculation.measure import CONTEXT
 from tenon.engine.speculation.simulated import Agreement, SimulatedDraft
 from tenon.models.shapes import find as find_model
 from tenon.sim import timeline as timelines
-from tenon.workloads import generator, report_view
+from tenon.workloads import generator, readers, report_view
 from tenon.workloads import report as reports
 from tenon.workloads.trace import Trace
 from tenon.workloads.trace import load as load_trace
@@ -44,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="embedded", help="a folder, 'embedded', or a known shape's name")
     parser.add_argument("--device", default=LOCAL, help=f"of `tenon device`, or '{LOCAL}' (default: this machine)")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="divide the model among so many of them")
-    parser.add_argument("--trace", required=True, metavar="FILE|NAME", help="a trace, or one of `tenon workload list`")
+    parser.add_argument(
+        "--trace",
+        required=True,
+        metavar="FILE|NAME",
+        help="a trace, a server's events.jsonl, or one of `tenon workload list`",
+    )
     parser.add_argument("--requests", type=int, metavar="N", help="the first N requests only")
     parser.add_argument("--rate", type=float, help="requests per second, of a trace made by name")
     parser.add_argument("--seed", type=int, default=0, help="of the trace made by name (default: %(default)s)")
@@ -170,8 +175,14 @@ def trace_from(args: argparse.Namespace) -> Trace:
         raise ConfigError(f"there is no file and no workload {args.trace!r}; workloads: {names}", subject="trace")
     if args.rate is not None:
         raise ConfigError("--rate is for traces made by name; a file has its own times", subject="rate")
-    trace = load_trace(path)
+    trace = readers.read(path, "server") if is_record(path) else load_trace(path)
     return Trace(trace.header, trace.requests[: args.requests])
+
+
+def is_record(path: Path) -> bool:
+    """Whether a server wrote it."""
+    with path.open("rb") as file:
+        return file.read(64).startswith(b'{"kind":"run"')
 
 
 def source_of(device: Device) -> str:

@@ -1,5 +1,5 @@
 """Public trace files as traces: Mooncake, Azure LLM inference 2023 and 2024, BurstGPT, ShareGPT and LMSYS
-conversations.
+conversations; and what our own server has written of its requests.
 
 Every reader checks the whole file before it returns anything, and refuses with one sentence that names file, line and
 field. What a file does not say (a prompt's text, mostly) becomes content of its own: such prompts share nothing.
@@ -310,6 +310,51 @@ class _Item(Place):
         raise ConfigError(f"{self.path} item {self.line}: {field} must be {right}, is {shown}", subject=field)
 
 
+# --- what a server wrote ---------------------------------------------------------------------------------------------
+
+CACHED = 1
+"""The content of what requests found in the cache: whose it was is not written down."""
+SERVED = ("stop", "length")
+
+
+def server(path: Path) -> Trace:
+    """``events.jsonl`` of ``tenon serve --record``: the requests that it answered whole, when they came, and what was
+    promised to each class (of several promises the last). What they found in its cache begins with the same tokens
+    here. Others (aborted, refused, failed) are counted in the header as ``dropped``.
+    """
+    lengths: dict[str, tuple[int, int]] = {}
+    requests: list[TraceRequest] = []
+    slos: dict[str, dict[str, float]] = {}
+    came: list[float] = []
+    n_dropped = 0
+    for place, row in _objects(path):
+        name = row.get("request_id")
+        if row.get("kind") == "started":
+            lengths[str(name)] = place.count("n_prompt", row.get("n_prompt"), 1), place.count("n", row.get("n"), 1)
+        if row.get("kind") != "finished":
+            continue
+        if row.get("reason") not in SERVED or name not in lengths:
+            n_dropped += 1
+            continue
+        n_prompt, n = lengths[name]
+        end_s, e2e_s = place.number("at_s", row.get("at_s")), place.number("e2e_s", row.get("e2e_s"))
+        cache, slo = row.get("cache") or {}, row.get("slo") or {}
+        cached = min(place.count("cache.cached_tokens", cache.get("cached_tokens", 0)), n_prompt - 1)
+        own = Segment(place.line + CACHED, n_prompt - cached)
+        prompt = (Segment(CACHED, cached), own) if cached else (own,)
+        kind = str(slo.get("class", ""))
+        bounds = {f"{one}_s": slo[f"{one}_ms"] / 1e3 for one in ("ttft", "tpot") if slo.get(f"{one}_ms")}
+        if bounds:
+            slos[kind] = bounds
+        n_output = max(1, place.count("n_output", row.get("n_output")) // n)
+        came.append(end_s - e2e_s)
+        for index in range(n):
+            requests.append(TraceRequest(f"{name}#{index}", end_s - e2e_s, prompt, n_output, slo_class=kind))
+    from_s = min(came, default=0.0)
+    moved = [msgspec.structs.replace(one, arrival_s=round(one.arrival_s - from_s, 6)) for one in requests]
+    return _made(path, moved, "a server's events", dropped=n_dropped, **({"slo": slos} if slos else {}))
+
+
 def json_object(text: str, place: Place) -> dict[str, Any]:
     """One line's object."""
     try:
@@ -345,6 +390,7 @@ FORMATS = {
     "burstgpt": Format(burstgpt, "CSV with Timestamp, Model, Request tokens, Response tokens, ..."),
     "sharegpt": Format(conversations, "JSON or JSON lines with conversations"),
     "lmsys": Format(conversations, "JSON or JSON lines with conversation"),
+    "server": Format(server, "events.jsonl, which `tenon serve --record DIR` writes"),
 }
 
 
@@ -363,7 +409,7 @@ def guess(path: Path) -> str:
     first = text.lstrip()[:GUESS_CHARACTERS].partition("\n")[0]
     signs = {
         "tenon": '"kind":"trace"', "mooncake": '"hash_ids"', "azure": "ContextTokens", "burstgpt": "Response tokens",
-        "sharegpt": '"conversations"', "lmsys": '"conversation"',
+        "sharegpt": '"conversations"', "lmsys": '"conversation"', "server": '"kind":"run"',
     }  # fmt: skip
     for form, sign in signs.items():
         if sign in first or (first.startswith("[") and sign in text[:GUESS_CHARACTERS]):

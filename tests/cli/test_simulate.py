@@ -102,6 +102,24 @@ def test_guesses_are_simulated_and_said_to_be_made_up(
     assert max(guesses["trees"] for guesses in told) > 10
 
 
+def test_a_server_s_record_is_served_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = tmp_path / "events.jsonl"
+    lines = [{"kind": "run", "at_s": 1.0, "version": 1}]
+    for i in range(4):
+        name = {"request_id": f"r{i}"}
+        lines.append({"kind": "started", "at_s": 2.0 + i, "n_prompt": 20, "n": 1} | name)
+        slo = {"class": "chat", "ttft_ms": 1000.0, "tpot_ms": 50.0}
+        end = {"kind": "finished", "at_s": 3.0 + i, "reason": "stop", "n_output": 9, "e2e_s": 1.0, "slo": slo}
+        lines.append(end | name)
+    record.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+    assert run(tmp_path, "--trace", str(record), "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["overall"]["n_answered"] == 4
+    assert report["overall"]["output_tokens"] == 36
+    assert [one["slo_class"] for one in report["classes"]] == ["chat"]
+    assert report["overall"]["attainment"]["met"] == 1.0
+
+
 def test_more_devices_are_faster(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spans = []
     for n in ("1", "2"):

@@ -206,3 +206,68 @@ def test_formats_are_told_apart_by_their_beginning(tmp_path: Path, text: str, fo
 def test_a_file_of_no_known_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"given\.txt is of none of the formats tenon, mooncake"):
         readers.read(write(tmp_path, "hello\n"))
+
+
+# -- a server's events -------------------------------------------------------------------------------------------
+
+
+def events(*records: dict[str, object]) -> str:
+    return "".join(json.dumps(one, separators=(",", ":")) + "\n" for one in ({"kind": "run", "at_s": 99.0}, *records))
+
+
+def asked(name: str, at_s: float, n_prompt: int, n_output: int, n: int = 1, **more: object) -> list[dict[str, object]]:
+    """A request that came then and took two seconds."""
+    end = {"reason": "stop", "n_output": n_output, "e2e_s": 2.0} | more
+    return [
+        {"kind": "started", "at_s": at_s + 0.01, "request_id": name, "n_prompt": n_prompt, "n": n},
+        {"kind": "finished", "at_s": at_s + 2.0, "request_id": name} | end,
+    ]
+
+
+def test_what_a_server_answered_is_a_trace(tmp_path: Path) -> None:
+    slo = {"class": "chat", "ttft_ms": 500.0, "tpot_ms": None, "met": True}
+    path = write(
+        tmp_path,
+        events(
+            *asked("a", 100.0, 30, 7, slo=slo, cache={"cached_tokens": 16}),
+            {"kind": "stats", "at_s": 101.0, "running": 1},
+            *asked("b", 101.5, 40, 8, n=2, cache=None, slo=None),
+            *asked("c", 102.0, 5, 0, reason="rejected"),
+            *asked("d", 103.0, 16, 3, cache={"cached_tokens": 16}),
+            {"kind": "finished", "at_s": 104.0, "request_id": "e", "reason": "stop", "n_output": 1, "e2e_s": 9.0},
+        ),
+    )
+    assert readers.guess(path) == "server"
+    made = readers.read(path)
+    found = [(one.id, one.arrival_s, one.n_prompt, one.n_output, one.slo_class) for one in made.requests]
+    assert found == [
+        ("a#0", 0.0, 30, 7, "chat"),
+        ("b#0", 1.5, 40, 4, ""),
+        ("b#1", 1.5, 40, 4, ""),
+        ("d#0", 3.0, 16, 3, ""),
+    ]
+    a, b, sibling, d = made.requests
+    assert b.prompt == sibling.prompt
+    assert len({a.prompt[-1].content, b.prompt[-1].content, d.prompt[-1].content}) == 3
+    assert (a.prompt[0], d.prompt[0]) == (Segment(1, 16), Segment(1, 15))  # a row is always computed
+    assert made.header.parameters["slo"] == {"chat": {"ttft_s": 0.5}}
+    assert made.header.parameters["dropped"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"n_output": -1}, "line 3: n_output must be at least 0, is -1"),
+        ({"e2e_s": None}, "line 3: e2e_s must be a number, is missing"),
+        ({"cache": {"cached_tokens": 1.5}}, "line 3: cache.cached_tokens must be a whole number"),
+    ],
+)
+def test_a_damaged_record_of_a_server_is_refused(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        started, finished = asked("a", 100.0, 30, 7)
+        readers.read(write(tmp_path, events(started, finished | change)))
+
+
+def test_a_server_that_answered_nothing_is_no_trace(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no requests"):
+        readers.read(write(tmp_path, events(*asked("a", 1.0, 3, 0, reason="abort"))))
