@@ -263,9 +263,10 @@ def test_what_a_server_answered_is_a_trace(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_record_of_a_server_is_refused(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    started, finished = asked("a", 100.0, 30, 7)
+    path = write(tmp_path, events(started, finished | change))
     with pytest.raises(ConfigError, match=said):
-        started, finished = asked("a", 100.0, 30, 7)
-        readers.read(write(tmp_path, events(started, finished | change)))
+        readers.read(path)
 
 
 def test_a_server_that_answered_nothing_is_no_trace(tmp_path: Path) -> None:
