@@ -160,8 +160,8 @@ class RecordedEngine(Engine):
             raise ConfigError(
                 f"a record begins with the engine; this one has taken {scheduler.counters.started} requests already"
             )
-        if engine.config.order == "fair":
-            said = "order 'fair' goes by measured times, which a record does not hold; record with 'fifo' or 'edf'"
+        if engine.config.order != "fifo":
+            said = f"order {engine.config.order!r} goes by times that a record does not hold; record with 'fifo'"
             raise ConfigError(said, subject="order")
         self._path, self._whole = path, whole_steps
         self._taken: list[Taken] = []

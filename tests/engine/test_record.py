@@ -294,8 +294,9 @@ def test_what_was_refused_for_a_forecast_is_refused_in_the_replay(tmp_path: Path
     assert (found.difference, found.closed, found.requests) == ("", True, 2)
 
 
-def test_turns_by_measured_times_cannot_be_recorded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="order 'fair' goes by measured times") as refused:
-        RecordedEngine(hash_engine(order="fair"), tmp_path / "run.steps")
+@pytest.mark.parametrize("order", ["edf", "fair"])
+def test_turns_by_other_times_than_arrivals_cannot_be_recorded(order: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"order '{order}' goes by times that a record does not hold") as refused:
+        RecordedEngine(hash_engine(order=order), tmp_path / "run.steps")
     assert refused.value.subject == "order"
     assert not (tmp_path / "run.steps").exists()

@@ -170,9 +170,8 @@ class Slack:
 
     With a penalty that grows with lateness, what a step of T seconds does to all penalties is, in the first order, sum
     over sequences of weight x (T / tpot - tokens): a node is worth weight x f, and time costs what it usually brings,
-    weighted tokens a second in the average of steps. (Each step's own best rate is another and worse rule: a step with
-    good guesses would stop too early, one with bad ones too late.) Prompts' rows are left out of that: they are
-    computed in one step or another.
+    weighted tokens a second in the average of steps. (By its own best rate a step with good guesses would stop sooner,
+    one with bad ones later.) Prompts' rows are left out of that: they are computed in one step or another.
     """
 
     def __init__(self) -> None:
