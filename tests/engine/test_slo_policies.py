@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenon.engine.policies.forest import Bool, Forest
-from tenon.engine.policies.slo import LARGEST, NEAR, Claims, Paper, Slack, optimal, patience
+from tenon.engine.policies.slo import LARGEST, Claims, Paper, Slack, optimal, patience
 from tenon.engine.policies.speculate import Load, Throughput
 from tenon.engine.policies.step_time import StepTimes
 from tests.engine.trees import grown
@@ -272,9 +272,9 @@ def test_prompts_have_as_many_rows_as_leave_those_in_time_who_are(
     if not left_s:
         assert rows == least
     elif rows > least:
-        assert step_s(rows) <= step_s(0) + NEAR * (min(left_s) - step_s(0)) + 1e-12
+        assert step_s(rows) <= min(left_s) + 1e-12
     if rows < most and left_s:
-        assert step_s(rows + 1) > step_s(0) + NEAR * (min(left_s) - step_s(0))
+        assert step_s(rows + 1) > min(left_s)
 
 
 def test_where_nobody_is_promised_anything_prompts_have_all_the_room() -> None:

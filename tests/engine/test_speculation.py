@@ -11,6 +11,7 @@ import pytest
 
 from tenon.engine.messages import Add, Embed
 from tenon.engine.policies.forest import I32, Forest
+from tenon.engine.policies.speculate import F64
 from tenon.engine.policies.step_time import StepTimes
 from tenon.engine.policies.table import SPECULATES
 from tenon.engine.sequence import Seq
@@ -109,7 +110,7 @@ class NowAndThen:
         self.n_rounds += 1
         return (4, 1 + self.n_rounds // 6 % 2) if self.n_rounds // 3 % 2 else (0, 0)
 
-    def goes_on(self, hopes: float, n_nodes: int, n_trees: int) -> bool:
+    def goes_on(self, hopes_n: F64, counts_n: F64, n_nodes: int) -> bool:
         return True
 
     def told(self, rate: float) -> None:

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from tenon.engine.policies.calibrate import WARM
-from tenon.engine.policies.speculate import MARGIN, Seconds
+from tenon.engine.policies.speculate import F64, MARGIN, Seconds
 from tenon.engine.policies.step_time import StepTimes
 
 WIDTHS: Final = (1, 2, 3)
@@ -37,13 +37,13 @@ class Plan(Protocol):
         """Depth and width for sequences of these warmths, among so many that decode; (0, 0): not at all."""
         ...
 
-    def goes_on(self, hopes: float, n_nodes: int, n_trees: int) -> bool:
-        """Whether another level is worth it: of ``n_trees`` the likeliest paths so far come true ``hopes`` times in
-        all, as it is thought, and ``n_nodes`` are at their ends."""
+    def goes_on(self, hopes_n: F64, counts_n: F64, n_nodes: int) -> bool:
+        """Whether another level is worth it for n trees: each one's likeliest path so far comes true so often, as it is
+        thought, a token of it counts so much, and ``n_nodes`` are at the ends of all."""
         ...
 
     def told(self, rate: float) -> None:
-        """Steps with what was drafted bring so many tokens a second."""
+        """Steps with what was drafted bring so many tokens a second, as these count."""
         ...
 
     def observe(self, warm: int, ranks: Sequence[int], right: int | None) -> None:
@@ -60,7 +60,7 @@ class FixedPlan:
     def choose(self, warm: Sequence[int], n_decodes: int) -> tuple[int, int]:
         return self.drafts(n_decodes) or (0, 0)
 
-    def goes_on(self, hopes: float, n_nodes: int, n_trees: int) -> bool:
+    def goes_on(self, hopes_n: F64, counts_n: F64, n_nodes: int) -> bool:
         """Whatever they are."""
         return True
 
@@ -88,7 +88,7 @@ class DraftPlan:
         for only the likeliest is ever verified."""
         self._hopes = 0.0
         self._rate: float | None = None
-        """Tokens a second that steps bring, drafting included."""
+        """Tokens a second that steps bring, as these count, drafting included."""
 
     def choose(self, warm: Sequence[int], n_decodes: int) -> tuple[int, int]:
         """Depth and width for sequences of these warmths; (0, 0) where it does not pay."""
@@ -122,17 +122,19 @@ class DraftPlan:
                 best, best_rate = (at + 1, width), float(rate[at])
         return best
 
-    def goes_on(self, hopes: float, n_nodes: int, n_trees: int) -> bool:
+    def goes_on(self, hopes_n: F64, counts_n: F64, n_nodes: int) -> bool:
         """Whether what the level is expected to bring is more than steps bring in the time that it takes, verifying
-        one more node of each tree included."""
+        one more node included of each tree whose node would be worth that."""
+        n_trees, hopes = len(hopes_n), float(hopes_n.sum())
         before, self._hopes = self._hopes or n_trees, hopes
         self._lasting += RATE * (min(1.0, hopes / before) - self._lasting)
         if self._rate is None or self._best == (0, 0):  # it is drafted to see what comes of it
             return True
         n = self._n_decodes
         verified_s, more_s = self._seconds.guessed(n, np.array([n + n_nodes, n + n_nodes + n_trees])).tolist()
-        level_s = float(self._draft.plain_of(np.array([n_nodes]))[0]) + more_s - verified_s
-        return bool(hopes * self._lasting > self._rate * level_s)
+        row_s, level_s = (more_s - verified_s) / n_trees, float(self._draft.plain_of(np.array([n_nodes]))[0])
+        gained_n = counts_n * hopes_n * self._lasting - self._rate * row_s
+        return bool(np.maximum(0.0, gained_n).sum() > self._rate * level_s)
 
     def told(self, rate: float) -> None:
         self._rate = rate if self._rate is None else self._rate + RATE * (rate - self._rate)

@@ -25,11 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenon.engine.policies.forest import F32, Bool, Forest
-from tenon.engine.policies.speculate import BUDGET, F64, Load, likeliest
+from tenon.engine.policies.speculate import BUDGET, F64, Alike, Load, likeliest
 
 I64 = NDArray[np.int64]
-NEAR: Final = 0.5
-"""Of the slack of whoever has least, what a step may take more for others' prompts."""
 LARGEST: Final = 1.2
 """Of one sequence's tree in the first phase, over an even share of the budget (the paper's artifact)."""
 DEEPEST, SHALLOWEST, WIDEST, DRAFT_ROWS = 8, 4, 3, 96
@@ -68,7 +66,7 @@ def patience(claims: Claims | None, brought: float, seconds_of: Callable[[int], 
     ahead = left_s[(left_s > plain_s) & np.isfinite(left_s)]
     if not len(ahead):
         return most if not np.isfinite(claims.tpot_s).any() else least
-    most_s = plain_s + NEAR * (float(ahead.min()) - plain_s)
+    most_s = float(ahead.min())
     low, high = least, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -122,7 +120,7 @@ def _fill(mask: Bool, order: I64, most: int) -> Bool:
 
 
 @dataclass(frozen=True)
-class Paper:
+class Paper(Alike):
     """Algorithm 2: ``budget`` rows in all, roots among them. The first phase follows sequences by descending need
     (``ascending``: its engine's order), caps each need by the depth of the trees, and gives none more than ``LARGEST``
     times an even share, which the paper leaves open and without which one late sequence takes everything."""
@@ -154,10 +152,10 @@ class Paper:
 STEEP: Final = 3.0
 """What a token counts for its sequence is how late that is, to this power: lateness is the time since its first token
 over what it was promised for as many, at the end of the step."""
-LEAST, MOST = 0.3, 10.0
-"""Between which that lies."""
-LOST, FOR_LOST = 1.15, 0.6
-"""Who is later than this will not make up for it: its tokens count so much."""
+LEAST: Final = 0.15
+"""What it counts at least, however early that is."""
+LOST: Final = 1.15
+"""Who is later than this will not make up for it: its tokens count 1, as of who is just in time."""
 FEW: Final = 4
 """Tokens after the first; who has fewer is judged as if it had so many."""
 RATE: Final = 0.05
@@ -187,11 +185,15 @@ class Slack:
     def drafts(self, n: int) -> None:
         """As much as pays."""
 
+    def counts(self, load: Load, n: int) -> F64:
+        prompts_s = float(load.seconds.prompts(np.array([load.n]), load.prompt_rows)[0])
+        return _weights(load, n, max(self._last_s, load.spent_s + load.seconds.plain(load.n) + prompts_s))
+
     def choose(self, forest: Forest, load: Load) -> Bool | None:
         f, n, seconds = forest.f, load.n, load.seconds
         plain_s = load.spent_s + seconds.plain(n)
         prompts_s = float(seconds.prompts(np.array([n]), load.prompt_rows)[0])
-        weight_n = _weights(load, len(f), max(self._last_s, plain_s + prompts_s))
+        weight_n = self.counts(load, len(f))
         worth = (f * weight_n[:, None]).astype(np.float32)
         order = likeliest(worth)[: load.most]
         if not len(order):
@@ -222,4 +224,4 @@ def _weights(load: Load, n: int, step_s: float) -> F64:
     if claims is None:
         return np.ones(n)
     late = (claims.since_s + step_s) / (np.maximum(claims.tokens, FEW) * claims.tpot_s)
-    return claims.weight * np.where(late > LOST, FOR_LOST, np.clip(late**STEEP, LEAST, MOST))
+    return claims.weight * np.where(late > LOST, 1.0, np.maximum(late**STEEP, LEAST))

@@ -107,6 +107,10 @@ class Speculate(Protocol):
         pays, whatever their number."""
         ...
 
+    def counts(self, load: Load, n: int) -> F64:
+        """(n,) what a token of each sequence that is to have a tree counts."""
+        ...
+
     def choose(self, forest: Forest, load: Load) -> Bool | None:
         """(n, C) the nodes to verify: of each its parent too, at most ``load.most``. None: none of them."""
         ...
@@ -136,7 +140,14 @@ def _first(on: Bool, f: NDArray[np.float32], most: int) -> Bool:
     return chosen
 
 
-class _Fixed:
+class Alike:
+    """A rule to which a token is a token."""
+
+    def counts(self, load: Load, n: int) -> F64:
+        return np.ones(n)
+
+
+class _Fixed(Alike):
     """A rule that asks no clock."""
 
     @property
@@ -203,7 +214,7 @@ class ByBatch(_Fixed):
         return Chain(k).choose(forest, load)
 
 
-class Pays:
+class Pays(Alike):
     """Of all budgets the one with the most expected tokens a second; the nodes are the likeliest of all trees."""
 
     def __init__(self, *, chains: bool = False) -> None:

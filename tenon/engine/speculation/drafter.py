@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from tenon.engine.policies.calibrate import warmth
 from tenon.engine.policies.forest import I32, Forest
 from tenon.engine.policies.plan import Plan
+from tenon.engine.policies.speculate import F64
 from tenon.engine.sequence import Seq
 from tenon.engine.speculation.tree import ROOT, Tree
 
@@ -42,6 +45,8 @@ class Planned:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.counts_n: F64 = np.ones(0)
+        """What a token of each of those that are asked for next counts."""
 
     def verified(self, seq: Seq, tree: Tree, path: Sequence[int], kind: int) -> None:
         """What came of its own guesses, which the tree calls ``kind``: the plan learns from that."""

@@ -144,9 +144,11 @@ class DraftModel(Planned):
                 twin for twin in ready if depth_n[self._row[twin.seq.id]] >= level and len(twin.beam.tokens) < room
             ]
             ready = [twin for twin in ready if twin.beam.frontier]
-            hopes = sum(max(twin.beam.paths[node] for node in twin.beam.frontier) for twin in ready)
-            n_ends = sum(len(twin.beam.frontier) for twin in ready)
-            if not ready or not self.plan.goes_on(hopes, n_ends, len(ready)):
+            if not ready:
+                break
+            hopes_n = np.array([max(twin.beam.paths[node] for node in twin.beam.frontier) for twin in ready])
+            counts_n = self.counts_n[[self._row[twin.seq.id] for twin in ready]]
+            if not self.plan.goes_on(hopes_n, counts_n, sum(len(twin.beam.frontier) for twin in ready)):
                 break
             self._level(ready, level, width, room)
             begin_s = self._tell(begin_s)

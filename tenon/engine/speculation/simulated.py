@@ -150,8 +150,8 @@ class SimulatedDrafter(Planned):
         for level in range(depth):
             alive = depth_n > level
             n_alive = int(np.count_nonzero(alive))
-            hopes = float(path[alive].max(axis=1).sum())
-            if level and not self.plan.goes_on(hopes, n_alive * path.shape[1], n_alive):
+            hopes_n = path[alive].max(axis=1)
+            if level and not self.plan.goes_on(hopes_n, self.counts_n[alive], n_alive * path.shape[1]):
                 break
             self._spend(n_alive * path.shape[1])
             other = pools[rows, (salt[:, None] + 31 * level + 977 * (column + 2)) % POOL]

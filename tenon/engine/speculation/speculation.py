@@ -155,9 +155,11 @@ class Speculation:
             seq.tree = tree
             n_new += len(tree)
         if self.drafting_s and self._model is not None:
-            gained = sum(f for _, tree in trees for _, _, _, f in tree.features)
+            counts = dict(zip((seq.id for seq in ask.seqs), self._model[0].counts_n.tolist(), strict=True))
+            gained = sum(counts[seq.id] * f for seq, tree in trees for _, _, _, f in tree.features)
+            roots = load.n - len(counts) + sum(counts.values())
             taken_s = self.drafting_s + float(self.times.guessed(load.n, np.array([load.n + n_new]))[0])
-            self._model[0].plan.told((load.n + gained) / taken_s)
+            self._model[0].plan.told((roots + gained) / taken_s)
         return n_nodes + n_new
 
     def _trees(self, ask: Asked, load: Load) -> tuple[Forest | None, list[tuple[Seq, Tree]]]:
@@ -227,6 +229,8 @@ class Speculation:
                 self._quick = None
                 self._lose(self.drafters[0], error)
                 return None, None
+        if self._model is not None:
+            self._model[0].counts_n = self.policy.counts(load, len(ask.seqs))
         forest = self._forest(ask, ask.depths())
         if self.drafting_s:
             load = replace(load, spent_s=self.drafting_s)
