@@ -25,15 +25,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import pairwise
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tenon.base.result import Check, ContenderEntry, Result, at_least, at_most
 from tenon.bench.claim import Cell
+from tenon.workloads.report import Outcome
+
+if TYPE_CHECKING:
+    from tenon.engine.simulate import Simulation
+    from tenon.workloads.trace import Trace
 
 TITLE = "objectives for the time between tokens, in a simulated engine: who is served in time"
 BASELINE = "sarathi"
@@ -89,8 +94,18 @@ class Policy:
 
 def simulate(cell: dict[str, Any], policy: str, seed: int) -> dict[str, float]:
     """The cell's trace of one seed under one policy."""
-    import numpy as np
+    simulation, trace, bounds = prepared(cell, policy, seed)
+    result = simulation.run(trace)
+    speculation = simulation.scheduler.speculation
+    counts = None if speculation is None else speculation.counts
+    return figures(result.outcomes, bounds, WARM_S, result.end_s) | {
+        "emitted": 1 + (counts.accepted / counts.trees if counts is not None and counts.trees else 0.0),
+        "explained": 100 * (1 - max(abs(one.residual_s) / (one.end_s - one.received_s) for one in result.ledgers)),
+    }
 
+
+def prepared(cell: dict[str, Any], policy: str, seed: int) -> tuple[Simulation, Trace, dict[str, float]]:
+    """What is simulated, of what trace, and its classes' seconds per token."""
     from tenon.engine.config import EngineConfig
     from tenon.engine.promises import Slo
     from tenon.engine.simulate import Marks, Simulation
@@ -128,8 +143,16 @@ def simulate(cell: dict[str, Any], policy: str, seed: int) -> dict[str, float]:
         memory_bytes=60 * 2**30, slos={name: Slo(tpot_s=bound) for name, bound in bounds.items()}, draft=draft,
         seed=seed,
     )  # fmt: skip
-    result = simulation.run(trace)
-    counted = [one for one in result.outcomes if one.intended_s >= WARM_S]
+    return simulation, trace, bounds
+
+
+def figures(
+    outcomes: Sequence[Outcome], bounds: Mapping[str, float], warm_s: float, end_s: float, tail: int = 99
+) -> dict[str, float]:
+    """Of requests that were due after ``warm_s``, by their classes' seconds per token; see the module's docstring."""
+    import numpy as np
+
+    counted = [one for one in outcomes if one.intended_s >= warm_s and one.token_s]
     n_tokens = np.array([len(one.token_s) for one in counted])
     times = [np.array(one.token_s) for one in counted]
     tpot_s = np.array([(at_s[-1] - at_s[0]) / max(1, len(at_s) - 1) for at_s in times])
@@ -137,17 +160,13 @@ def simulate(cell: dict[str, Any], policy: str, seed: int) -> dict[str, float]:
     in_time = late <= 1
     gaps_s = [float(np.diff(at_s).max()) if len(at_s) > 1 else 0.0 for at_s in times]
     ttft_s = [at_s[0] - one.intended_s for at_s, one in zip(times, counted, strict=True)]
-    speculation = simulation.scheduler.speculation
-    counts = None if speculation is None else speculation.counts
     return {
         "met": 100 * float(in_time.mean()),
         "lateness": float(late[~in_time].mean()) if (~in_time).any() else 1.0,
-        "goodput": float(n_tokens[in_time].sum()) / (result.end_s - WARM_S),
-        "requests": float(in_time.sum()) / (result.end_s - WARM_S),
-        "ttft99": float(np.percentile(ttft_s, 99)),
-        "gap99": 1e3 * float(np.percentile(gaps_s, 99)),
-        "emitted": 1 + (counts.accepted / counts.trees if counts is not None and counts.trees else 0.0),
-        "explained": 100 * (1 - max(abs(one.residual_s) / (one.end_s - one.received_s) for one in result.ledgers)),
+        "goodput": float(n_tokens[in_time].sum()) / (end_s - warm_s),
+        "requests": float(in_time.sum()) / (end_s - warm_s),
+        f"ttft{tail}": float(np.percentile(ttft_s, tail)),
+        f"gap{tail}": 1e3 * float(np.percentile(gaps_s, tail)),
     }
 
 

@@ -52,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     what.add_argument("--chunk-usage", action="store_true", help="ask for usage in every chunk: exact times of tokens")
     what.add_argument("--body", default="{}", metavar="JSON", help='more fields of each body, as {"temperature": 0}')
+    what.add_argument(
+        "--send-classes", action="store_true",
+        help="tell the server each request's class as the trace has it (slo.class in its body)",
+    )  # fmt: skip
     how = parser.add_argument_group("how it is sent")
     how.add_argument("--rate-scale", type=float, default=1.0, help="arrivals so many times as fast; pauses stay")
     how.add_argument("--limit", type=int, help="the first so many requests only")
@@ -93,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         feed_answers=args.feed_answers,
         chunk_usage=args.chunk_usage,
         extra=extra,
+        fields=_classes(requests) if args.send_classes else {},
         patience=patience,
     )
     _allow_sockets()
@@ -192,6 +197,11 @@ def read_key(path: Path | None) -> str:
     if not key:
         raise ConfigError(f"the API key's file {path} is empty", subject=str(path))
     return key
+
+
+def _classes(requests: trace.Trace) -> dict[str, dict[str, Any]]:
+    """The field of each request's body that names its class."""
+    return {one.id: {"slo": {"class": one.slo_class}} for one in requests.requests if one.slo_class}
 
 
 def _extra(text: str) -> dict[str, Any]:

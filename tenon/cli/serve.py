@@ -177,15 +177,29 @@ def run(args: argparse.Namespace) -> int:
     keyed = config.keys is not None
     if config.log_format == "json":
         return serve(config, LogConsole())
-    return serve(config, Screen(Console(stderr=True), warn_remote=config.allow_remote and not keyed, keyed=keyed))
+    screen = Screen(
+        Console(stderr=True), warn_remote=config.allow_remote and not keyed, keyed=keyed, hint=hint_for(config)
+    )
+    return serve(config, screen)
+
+
+def hint_for(config: ServeConfig) -> str:
+    """What somebody who defines classes might want besides."""
+    engine = config.engine
+    lacking = [] if engine.chunk == "patient" else ["--chunk patient"]
+    if engine.speculative and engine.speculative_policy not in ("slack", "paper"):
+        lacking.append("--speculative-policy slack")
+    if not config.classes or not lacking:
+        return ""
+    return f"What classes are promised is forecast, told and counted; to serve by it too: {' '.join(lacking)}"
 
 
 class Screen:
     """Start-up with a bar per phase on a terminal, a line per phase elsewhere; then how to use the server."""
 
-    def __init__(self, console: Console, *, warn_remote: bool, keyed: bool = False) -> None:
+    def __init__(self, console: Console, *, warn_remote: bool, keyed: bool = False, hint: str = "") -> None:
         self._console = console
-        self._warn_remote, self._keyed = warn_remote, keyed
+        self._warn_remote, self._keyed, self._hint = warn_remote, keyed, hint
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
@@ -230,6 +244,8 @@ class Screen:
             indented = "\n".join("  " + line for line in text.splitlines())
             out.print(indented, markup=False, highlight=False, soft_wrap=True)
             out.print()
+        if self._hint:
+            out.print(self._hint + "\n", markup=False, highlight=False, soft_wrap=True)
         if self._warn_remote:
             out.print(
                 "[bold red]Anyone who reaches this port can use the model: there are no keys.[/] "

@@ -175,6 +175,7 @@ class Forecasts:
             per_step=usual.per_step,
             rows_each=usual.rows_each,
             mean_decodes=usual.decodes,
+            drafting_s=usual.drafting_s,
         )
 
     @staticmethod

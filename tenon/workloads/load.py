@@ -16,7 +16,7 @@ import heapq
 import math
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -43,7 +43,8 @@ SKIPPED: Final = "skipped"
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What to send where. ``vocab_size`` above 0 sends token ids. ``warmup``: so many first requests do not count."""
+    """What to send where. ``vocab_size`` above 0 sends token ids. ``warmup``: so many first requests do not count.
+    ``extra``: fields of every body; ``fields``: of one request's, by its id in the trace."""
 
     target: Target
     model: str
@@ -57,6 +58,7 @@ class LoadOptions:
     feed_answers: bool = False
     chunk_usage: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     patience: Patience = Patience()
 
     def __post_init__(self) -> None:
@@ -157,6 +159,7 @@ class Load:
             chunk_usage=options.chunk_usage,
             outputs=self._reused,
             extra=options.extra,
+            fields=options.fields,
         )
         self._followers: dict[str, list[int]] = {}
         self._due: list[tuple[float, int]] = []

@@ -51,7 +51,8 @@ def common_ids(vocab_size: int) -> tuple[int, int]:
 
 
 class Prompts:
-    """Makes bodies for one model. ``vocab_size`` 0 asks for texts. ``extra`` goes into every body, over our fields."""
+    """Makes bodies for one model. ``vocab_size`` 0 asks for texts. ``extra`` goes into every body, over our fields, and
+    ``fields`` over these into that of the request with the id."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Prompts:
         chunk_usage: bool = False,
         outputs: Iterable[int] = (),
         extra: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """``outputs``: contents that are answers. Raises ``ConfigError`` for token ids in a chat, or too few."""
         if vocab_size and endpoint == "chat":
@@ -76,7 +78,7 @@ class Prompts:
         self._fixed: dict[str, Any] = {"model": model, "stream": True, "stream_options": options}
         if ignore_eos:
             self._fixed["ignore_eos"] = True
-        self._extra = dict(extra or {})
+        self._extra, self._fields = dict(extra or {}), fields or {}
 
     def body(self, request: TraceRequest, answers: Mapping[int, str] | None = None) -> bytes:
         """The JSON body of one request; ``answers``: contents whose real text is known."""
@@ -88,7 +90,8 @@ class Prompts:
             prompt = {"prompt": prompt_tokens(request, end, first).tolist()}
         else:
             prompt = {"prompt": "".join(_segment(s, answers or {}) for s in request.prompt)}
-        return msgspec.json.encode(self._fixed | prompt | {"max_tokens": request.n_output} | self._extra)
+        own = dict(self._fields.get(request.id, {}))
+        return msgspec.json.encode(self._fixed | prompt | {"max_tokens": request.n_output} | self._extra | own)
 
     def _messages(self, request: TraceRequest, answers: Mapping[int, str]) -> list[dict[str, str]]:
         """Turns that alternate; the user has the first and the last word, which is what templates expect."""

@@ -83,6 +83,15 @@ def test_text_is_sent_where_the_vocabulary_is_not_wanted(server: Running, traced
     assert got.about | expected | {"body": {"temperature": 0}} == got.about
 
 
+def test_classes_are_sent_where_that_is_asked_for(server: Running, traced: Path, tmp_path: Path) -> None:
+    """This server knows none, and says so of each."""
+    path = tmp_path / "outcomes.jsonl"
+    assert load(traced, server.url + "/v1", "--send-classes", f"--outcomes={path}") == 1
+    outcomes = [msgspec.json.decode(line, type=report.Outcome) for line in path.read_bytes().splitlines()]
+    assert len(outcomes) == 8
+    assert all("slo.class" in one.error and one.slo_class in one.error for one in outcomes)
+
+
 def test_status_1_when_every_request_failed(
     server: Running, traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,3 +51,20 @@ def test_a_bound_on_waiting_is_taken_and_one_of_nothing_is_named() -> None:
     assert serve.config_from(parser.parse_args(["--max-wait-s", "2.5"])).limits.max_wait_s == 2.5
     with pytest.raises(ConfigError, match=r"max_wait_s must be above 0, got 0\.0"):
         serve.config_from(parser.parse_args(["--max-wait-s", "0"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ([], []),
+        (["--slo", "tpot=50ms"], ["--chunk patient"]),
+        (["--slo", "tpot=50ms", "--speculative", "suffix"], ["--chunk patient", "--speculative-policy slack"]),
+        (["--slo", "tpot=50ms", "--speculative", "suffix", "--speculative-policy", "paper", "--chunk", "patient"], []),
+    ],
+)
+def test_who_promises_is_told_how_to_serve_by_it(words: list[str], hint: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    said = serve.hint_for(serve.config_from(parser.parse_args(words)))
+    assert all(one in said for one in hint)
+    assert bool(said) == bool(hint)

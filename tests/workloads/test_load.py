@@ -70,6 +70,16 @@ def test_requests_say_what_the_trace_asks_for() -> None:
     }
 
 
+def test_a_request_has_fields_of_its_own() -> None:
+    fields = {"r1": {"slo": {"class": "chat"}, "prompt": "a b", "temperature": 1}}
+    got = play(trace_of([0.0, 0.0]), extra={"temperature": 0}, fields=fields)
+    by_prompt = {request.body["prompt"]: request.body for request in got.server.requests}
+    mine = by_prompt.pop("a b")
+    (other,) = by_prompt.values()
+    assert (mine["slo"], mine["temperature"]) == ({"class": "chat"}, 1)
+    assert ("slo" in other, other["temperature"]) == (False, 0)
+
+
 def test_a_kept_connection_serves_the_next_request() -> None:
     got = play(trace_of([0.0] * 5, after={i: i - 1 for i in range(1, 5)}))
     assert len(got.outcomes) == 5

@@ -22,8 +22,8 @@ LENGTHS: Final = 512
 """Of outputs that have ended, the newest, from which it is told how long running ones will be."""
 FIRST_LENGTH: Final = 128
 """Tokens of an output before any has ended."""
-RATE: Final = 0.1
-"""Of the averages of what came of forecasts, in logarithms ..."""
+RATE, RATE_AT_FIRST = 0.03, 0.2
+"""Of the averages of what came of forecasts, in logarithms; at first, the fewer they are, up to the second ..."""
 BOUND: Final = 4.0
 """... each of which counts as off by this factor at most, as does their average."""
 WITHIN: Final = 0.2
@@ -38,7 +38,8 @@ class Outlook:
     """An engine as it is. ``left``: tokens that each of those who decode is expected to get yet; ``rows_ahead``: of
     prompts that are being computed or wait; ``n_ahead``: who waits; ``chunk``: rows of prompts that a step takes beside
     its decodes; ``prompt_rows``: how many it has lately had, in the mean; ``per_step``: tokens that a sequence gets of
-    a step; ``rows_each``: rows that it has in one; ``mean_decodes``: how many have lately decoded, in the mean."""
+    a step; ``rows_each``: rows that it has in one; ``mean_decodes``: how many have lately decoded, in the mean;
+    ``drafting_s``: what a draft model takes before a step."""
 
     left: Sequence[float]
     rows_ahead: int
@@ -49,6 +50,7 @@ class Outlook:
     per_step: float = 1.0
     rows_each: float = 1.0
     mean_decodes: float | None = None
+    drafting_s: float = 0.0
 
     @property
     def n_decodes(self) -> int:
@@ -56,7 +58,8 @@ class Outlook:
 
     def step_s(self, seconds: Seconds, n: int, prompt_rows: float) -> float:
         """Of ``n`` decodes and so many rows of prompts."""
-        return usual_s(seconds, max(1, n), round(n * self.rows_each), round(prompt_rows))
+        drafting_s = self.drafting_s if n else 0.0
+        return drafting_s + usual_s(seconds, max(1, n), round(n * self.rows_each), round(prompt_rows))
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Learned:
     """What came of forecasts of one kind."""
 
     def __init__(self) -> None:
-        self._log = 0.0
+        self._log, self._n = 0.0, 0
         self._right: deque[bool] = deque(maxlen=RECENT)
 
     @property
@@ -143,4 +146,5 @@ class Learned:
         self._right.append(abs(told_s / came_s - 1) <= WITHIN)
         most = math.log(BOUND)
         off = max(-most, min(most, math.log(came_s / (told_s / factor))))
-        self._log += RATE * (off - self._log)
+        self._n += 1
+        self._log += min(RATE_AT_FIRST, max(RATE, 1 / self._n)) * (off - self._log)
