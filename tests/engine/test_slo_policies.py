@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenon.engine.policies.forest import Bool, Forest
-from tenon.engine.policies.slo import LARGEST, Claims, Paper, Slack, optimal, patience
+from tenon.engine.policies.slo import LARGEST, LOST, Claims, Paper, Slack, optimal, patience
 from tenon.engine.policies.speculate import Load, Throughput
 from tenon.engine.policies.step_time import StepTimes
 from tests.engine.trees import grown
@@ -268,13 +268,19 @@ def test_prompts_have_as_many_rows_as_leave_those_in_time_who_are(
 
     rows = patience(claims, 1.0, step_s, least, most)
     assert least <= rows <= most
-    left_s = [0.16 - one for one in since if 0.16 - one > step_s(0)]
+    left_s = [0.16 - one for one in since if one + step_s(0) <= LOST * 0.16]
     if not left_s:
-        assert rows == least
+        assert rows == most
     elif rows > least:
         assert step_s(rows) <= min(left_s) + 1e-12
-    if rows < most and left_s:
+    if rows < most:
         assert step_s(rows + 1) > min(left_s)
+
+
+@pytest.mark.parametrize(("since_s", "rows"), [(0.1005, 54), (0.16, 10), (0.17, 10), (0.2, 500)])
+def test_prompts_wait_for_who_might_still_make_up_for_it(since_s: float, rows: int) -> None:
+    """In time, just late, late, and too late for prompts to matter."""
+    assert patience(running(since_s), 1.0, lambda rows: 5e-3 + 1e-3 * rows, 10, 500) == rows
 
 
 def test_where_nobody_is_promised_anything_prompts_have_all_the_room() -> None:

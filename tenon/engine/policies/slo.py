@@ -54,19 +54,19 @@ class Claims:
 
 def patience(claims: Claims | None, brought: float, seconds_of: Callable[[int], float], least: int, most: int) -> int:
     """Rows of prompts that a step may compute beside decodes: as many as leave those who are in time in time, when the
-    step brings each of them so many tokens; ``least`` in any case. ``seconds_of`` a step with so many rows of prompts.
+    step brings each of them so many tokens; ``least`` where somebody is late who might still make up for it, and never
+    fewer. ``seconds_of`` a step with so many rows of prompts.
 
     A prompt's rows take what they take in whichever step, so more steps cost nothing but the prompt's own wait, while
     a long step cannot be made up for by a sequence that has few tokens left.
     """
     if claims is None or least >= most:
         return most
-    left_s = claims.tpot_s * (claims.tokens + brought) - claims.since_s
-    plain_s = seconds_of(0)
-    ahead = left_s[(left_s > plain_s) & np.isfinite(left_s)]
-    if not len(ahead):
-        return most if not np.isfinite(claims.tpot_s).any() else least
-    most_s = float(ahead.min())
+    due_s = claims.tpot_s * (claims.tokens + brought)
+    could_be = np.isfinite(due_s) & (claims.since_s + seconds_of(0) <= LOST * due_s)
+    if not could_be.any():
+        return most
+    most_s = float((due_s - claims.since_s)[could_be].min())
     low, high = least, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -152,7 +152,7 @@ class Paper(Alike):
 STEEP: Final = 3.0
 """What a token counts for its sequence is how late that is, to this power: lateness is the time since its first token
 over what it was promised for as many, at the end of the step."""
-LEAST: Final = 0.15
+LEAST: Final = 0.1
 """What it counts at least, however early that is."""
 LOST: Final = 1.15
 """Who is later than this will not make up for it: its tokens count 1, as of who is just in time."""
