@@ -125,3 +125,16 @@ def test_what_cannot_be_simulated_is_said() -> None:
             Simulation(
                 EngineConfig(speculative=names), SPEC, cost, Marks("m", "d", "x"), memory_bytes=10**9, draft=draft
             )
+
+
+@pytest.mark.parametrize("level_s", [2e-3, 5e-3])
+def test_a_draft_that_pays_is_asked_however_long_it_takes(level_s: float) -> None:
+    """Its plan sees that levels pay; what asking costs is what is left: nothing here."""
+    draft = SimulatedDraft(lambda rows: level_s, {"": Agreement((4.0, 2.0), hard_run=2.0, sure=(12.0, 1.0))})
+    config = EngineConfig(speculative="draft", speculative_policy="slack", prefix_cache=False)
+    made = Simulation(config, SPEC, cost, Marks("m", "nowhere", "made up"), memory_bytes=10**9, draft=draft)
+    result = made.run(TRACE)
+    assert made.scheduler.speculation is not None
+    counts = made.scheduler.speculation.counts
+    n_tokens = sum(len(one.token_s) for one in result.outcomes)
+    assert counts.trees + counts.accepted > 0.9 * n_tokens  # a tree brings one more than what comes true of it

@@ -57,9 +57,9 @@ class Asking:
         self.one_in, self._won_s, self._n_vain = 1, None, 0
 
     def tell(self, won_s: float, taken_s: float | None, step_s: float) -> None:
-        """A round was held: what it wins, or would were everybody asked, 0 where nothing is worth it, and what it took,
-        None where that says little: whoever is new is followed from the beginning of a prompt. A step takes
-        ``step_s``."""
+        """A round was held: what it wins, or would were everybody asked, 0 where nothing is worth it, less what a draft
+        model took for it; and what it took besides, None where that says little: whoever is new is followed from the
+        beginning of a prompt. A step takes ``step_s``."""
         held_all = self.one_in == 1
         if self._won_s is None:
             self._won_s = HOPE * step_s

@@ -55,16 +55,18 @@ class Claims:
 def patience(claims: Claims | None, brought: float, seconds_of: Callable[[int], float], least: int, most: int) -> int:
     """Rows of prompts that a step may compute beside decodes: as many as leave those who are in time in time, when the
     step brings each of them so many tokens; ``least`` where somebody is late who might still make up for it, and never
-    fewer. ``seconds_of`` a step with so many rows of prompts.
+    fewer; but all where ``MANY`` are late. ``seconds_of`` a step with so many rows of prompts.
 
-    A prompt's rows take what they take in whichever step, so more steps cost nothing but the prompt's own wait, while
-    a long step cannot be made up for by a sequence that has few tokens left.
+    A prompt's rows take about what they take in whichever step, so more steps cost little but the prompt's own wait,
+    while a long step cannot be made up for by a sequence that has few tokens left. Where there is too much to do little
+    is too much.
     """
     if claims is None or least >= most:
         return most
     due_s = claims.tpot_s * (claims.tokens + brought)
-    could_be = np.isfinite(due_s) & (claims.since_s + seconds_of(0) <= LOST * due_s)
-    if not could_be.any():
+    at_s, promised = claims.since_s + seconds_of(0), np.isfinite(due_s)
+    could_be = promised & (at_s <= LOST * due_s)
+    if not could_be.any() or np.count_nonzero(promised & (at_s > due_s)) > MANY * np.count_nonzero(promised):
         return most
     most_s = float((due_s - claims.since_s)[could_be].min())
     low, high = least, most
@@ -156,6 +158,8 @@ LEAST: Final = 0.1
 """What it counts at least, however early that is."""
 LOST: Final = 1.15
 """Who is later than this will not make up for it: its tokens count 1, as of who is just in time."""
+MANY: Final = 0.1
+"""Of those who are promised something."""
 FEW: Final = 4
 """Tokens after the first; who has fewer is judged as if it had so many."""
 RATE: Final = 0.05

@@ -149,7 +149,9 @@ class Speculation:
                 won_s = self._would_win_s(forest, load, share)
             elif trees:
                 won_s = self._won_s(trees, load.n)
-            self._asking.tell(won_s, None if self.looks_around else taken_s, plain_s)
+            # A draft model's levels are no cost of asking: that they pay is its plan's to see.
+            asked_s = None if self.looks_around else taken_s - self.drafting_s
+            self._asking.tell(won_s - self.drafting_s, asked_s, plain_s)
         n_new = 0
         for seq, tree in trees:
             seq.tree = tree
