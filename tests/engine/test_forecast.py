@@ -163,7 +163,7 @@ def cost(shape: StepShape) -> float:
 @pytest.mark.parametrize("rate", [1.0, 4.0])
 def test_below_saturation_most_forecasts_are_right_within_a_fifth(more: dict[str, Any], rate: float) -> None:
     """At least half of them, but for the time between tokens that were guessed: that depends on the text."""
-    trace = make("adaserve", seed=0, duration_s=120.0, rate=rate)
+    trace = make("adaserve", seed=0, duration_s=60.0, rate=rate)
     draft = SimulatedDraft(lambda rows: 2e-3, {"": Agreement()}) if more else None
     simulation = Simulation(
         EngineConfig(max_waiting=1 << 20, prefix_cache=False, **more), SPEC, cost, Marks("m", "nowhere", "made up"),
