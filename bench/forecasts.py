@@ -120,7 +120,7 @@ def cells(quick: bool) -> list[Cell]:
         ("h200, guesses", {"steps": "h200", "rate": 6.0, "policy": "ours"}),
     ]
     guesses = ["--speculative", "suffix", "--speculative-policy", "slack", "--chunk", "patient"]
-    real = {"rate": 12.0, "duration_s": real_s, "options": ["--max-sequences", "64", *guesses]}
+    real = {"rate": 3.0, "duration_s": real_s, "options": ["--max-sequences", "64", *guesses]}
     return [
         *(
             Cell(f"{name}, simulated", PLAIN | what | {"duration_s": hour_s}, 1, 0, ("simulated",), hour_s / 40, 900)

@@ -2,8 +2,9 @@
 
 Editors, chats and summaries over held-out code, open loop over HTTP, 60, 20 and 20 percent; the load generator has one
 core to itself and the server the others. An objective is so many times what a token takes in a sequence alone, without
-guesses, on the same server right before each load (``alone_ms``): 1.2, 1.67 and 5, as AdaServe's (EuroSys'26, arXiv
-2501.12162) are of its models. A cell is a load in requests a second; all contenders get the same requests at the same
+guesses, on the same server right before each load (``alone_ms``): 2, 3 and 8. AdaServe's (EuroSys'26, arXiv 2501.12162)
+are 1.2, 1.67 and 5, on devices where a second sequence and a prompt's rows cost less beside a token than here.
+A cell is a load in requests a second; all contenders get the same requests at the same
 times, by the same seeds; a round has new ones.
 
     none            no guesses, prompts beside decodes
@@ -39,11 +40,11 @@ TITLE = "objectives for the time between tokens, over HTTP with the embedded pai
 BASELINE = "none"
 LIMITS = False
 
-TIMES = dict(zip(CLASSES, (1.2, 1.67, 5.0), strict=True))
+TIMES = dict(zip(CLASSES, (2.0, 3.0, 8.0), strict=True))
 SHARES = (0.6, 0.2, 0.2)
-CHARS = dict(zip(CLASSES, (700, 350, 2800), strict=True))
+CHARS = dict(zip(CLASSES, (240, 120, 800), strict=True))
 """Of prompts, in the mean."""
-TOKENS = dict(zip(CLASSES, (64, 96, 48), strict=True))
+TOKENS = dict(zip(CLASSES, (128, 160, 96), strict=True))
 """Of answers, in the mean."""
 TEMPERATURES = dict(zip(CLASSES, (0.2, 0.7, 0.3), strict=True))
 WARM_S = 4.0
@@ -140,7 +141,7 @@ CONTENDERS = {
     "throughput": _served(*PAIR, "throughput", "--speculative-budget", str(BUDGET)),
     "paper": _served(*PAIR, "paper", "--speculative-budget", str(BUDGET)),
 }
-RATES = (6.0, 12.0, 18.0, 24.0)
+RATES = (2.0, 4.0, 8.0)
 
 
 def cells(quick: bool) -> list[Cell]:
