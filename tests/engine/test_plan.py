@@ -31,7 +31,7 @@ def test_another_level_is_drafted_as_long_as_it_pays() -> None:
 
 
 def test_it_pays_by_what_tokens_count() -> None:
-    """The same hopes, in all: of those whose tokens count, or of the others."""
+    """Hopes of those whose tokens count more than others' or less; small ones pay where they count enough."""
     hopes = [0.9] * 8 + [0.01] * 8
     assert goes_on(hopes, [1.0] * 8 + [0.15] * 8)
     assert not goes_on([0.1] * 8 + [0.01] * 8, [0.15] * 8 + [1.0] * 8)
