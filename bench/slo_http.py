@@ -4,8 +4,8 @@ Editors, chats and summaries over held-out code, open loop over HTTP, 60, 20 and
 core to itself and the server the others. An objective is so many times what a token takes in a sequence alone, without
 guesses, on the same server right before each load (``alone_ms``): 2, 3 and 8. AdaServe's (EuroSys'26, arXiv 2501.12162)
 are 1.2, 1.67 and 5, on devices where a second sequence and a prompt's rows cost less beside a token than here. A cell
-is a load in requests a second; all contenders get the same requests at the same times, by the same seeds; a round has new
-ones.
+is a load in requests a second; all contenders get the same requests at the same times, by the same seeds; a round has
+new ones.
 
     none            no guesses, prompts beside decodes
     chain-K         the draft model's chains, as most engines guess
